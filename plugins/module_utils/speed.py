@@ -1,0 +1,70 @@
+"""How fast a model can answer: the bandwidth roofline, and what to expect of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+from .errors import FleetfitError
+
+
+class Efficiency(NamedTuple):
+    """A factor from roofline to expected decode speed, with where it was seen."""
+
+    factor: float
+    source: str
+
+
+# Measured tokens/s divided by the roofline (public llama-bench logs and engine benchmarks).
+LLAMA_CPP_GPU = Efficiency(
+    0.75, "llama-bench on RTX 2080, 3060, 3080, 4090 and GB10: 0.70 to 0.81 of the roofline at short context"
+)
+LLAMA_CPP_CPU = Efficiency(0.5, "assumed for CPU hosts: no published series; verify measures it")
+VLLM_16_BIT = Efficiency(0.58, "vLLM 0.6.3 on A100, BF16, batch 1: 0.58 of the roofline")
+VLLM_8_BIT = Efficiency(0.47, "vLLM 0.6.3 on A100, GPTQ-Int8, batch 1: 0.47 of the roofline")
+VLLM_4_BIT = Efficiency(
+    0.33, "vLLM 0.6.3 on A100, AWQ and GPTQ-Int4, batch 1: 0.33 of the roofline (launch-bound)"
+)
+# Two channels of DDR4-3200: what an ordinary host has where nothing was measured.
+DEFAULT_RAM_BANDWIDTH_BYTES_PER_S = 40e9
+# A measurement this far above the roofline is a mistake in the measurement, not a fast card.
+IMPOSSIBLE_FACTOR = 1.05
+
+
+def roofline_tokens_per_s(parts: Sequence[tuple[int, float]]) -> float:
+    """Return the most tokens/s that memory bandwidth allows for one stream.
+
+    ``parts`` are (bytes read per token, bandwidth in bytes/s) of every place that holds a part of the
+    model; the layers run one after another, so their times add up.
+    """
+    seconds = 0.0
+    for read_bytes, bandwidth in parts:
+        if bandwidth <= 0:
+            raise FleetfitError(
+                f"A bandwidth of {bandwidth} bytes/s is not possible.",
+                code="bad_bandwidth",
+                remedy="Give a positive number.",
+            )
+        seconds += read_bytes / bandwidth
+    return 1.0 / seconds if seconds > 0 else 0.0
+
+
+def expected_tokens_per_s(parts: Sequence[tuple[int, float, Efficiency]]) -> float:
+    """Return the expected tokens/s: as the roofline, each place slowed by its efficiency factor."""
+    return roofline_tokens_per_s(
+        [(read, bandwidth * efficiency.factor) for read, bandwidth, efficiency in parts]
+    )
+
+
+def vllm_efficiency(scheme: str) -> Efficiency:
+    """Return the factor for a safetensors scheme in vLLM at batch 1."""
+    if scheme in ("GPTQ-Int4", "AWQ"):
+        return VLLM_4_BIT
+    if scheme in ("GPTQ-Int8", "FP8"):
+        return VLLM_8_BIT
+    return VLLM_16_BIT
+
+
+def is_impossible(measured_tokens_per_s: float, roofline: Optional[float]) -> bool:
+    """Return whether a measured single-stream speed lies above what the memory can deliver."""
+    return roofline is not None and roofline > 0 and measured_tokens_per_s > roofline * IMPOSSIBLE_FACTOR

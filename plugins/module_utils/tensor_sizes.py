@@ -1,0 +1,451 @@
+"""Exact tensor bytes of a model in a quantization scheme: per block, with the output and the embeddings
+apart.
+
+Never parameters times bits per weight: a scheme mixes tensor types, keeps embeddings at another width, and
+falls back where a row does not divide, so that Q4_K_M is 4.91 bits per weight on Qwen2.5-7B and 6.35 on
+its 0.5B sibling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from .errors import FleetfitError
+from .model_shape import ModelShape
+
+# Elements per block and bytes per block of ggml's types (ggml/src/ggml-common.h: the block_* structs).
+GGML_TYPES: Mapping[str, tuple[int, int]] = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "F64": (1, 8),
+    "I8": (1, 1),
+    "I16": (1, 2),
+    "I32": (1, 4),
+    "I64": (1, 8),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q8_1": (32, 36),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "Q8_K": (256, 292),
+    "IQ1_S": (256, 50),
+    "IQ1_M": (256, 56),
+    "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82),
+    "IQ3_XXS": (256, 98),
+    "IQ3_S": (256, 110),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
+    "MXFP4": (32, 17),
+    "NVFP4": (64, 36),
+    "Q1_0": (128, 18),
+    "Q2_0": (64, 18),
+}
+
+# GGUF scheme -> the type most of its tensors have (llama_ftype_get_default_type).
+GGUF_SCHEMES: Mapping[str, str] = {
+    "F32": "F32",
+    "F16": "F16",
+    "BF16": "BF16",
+    "Q8_0": "Q8_0",
+    "Q6_K": "Q6_K",
+    "Q5_K_M": "Q5_K",
+    "Q5_K_S": "Q5_K",
+    "Q5_1": "Q5_1",
+    "Q5_0": "Q5_0",
+    "Q4_K_M": "Q4_K",
+    "Q4_K_S": "Q4_K",
+    "Q4_1": "Q4_1",
+    "Q4_0": "Q4_0",
+    "IQ4_XS": "IQ4_XS",
+    "IQ4_NL": "IQ4_NL",
+    "IQ3_M": "IQ3_S",
+    "Q3_K_L": "Q3_K",
+    "Q3_K_M": "Q3_K",
+    "Q3_K_S": "Q3_K",
+    "Q2_K": "Q2_K",
+}
+# Where a row does not divide by 256 (tensor_type_fallback). Builds up to early 2026 wrote IQ4_NL where
+# newer ones write Q4_0: both hold 32 weights in 18 bytes, so the size is the same.
+FALLBACK_TYPES: Mapping[str, str] = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ3_S": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL",
+}
+GGUF_ALIGNMENT_BYTES = 32
+
+SAFETENSORS_SCHEMES = ("BF16", "FP16", "F32", "FP8", "GPTQ-Int4", "GPTQ-Int8", "AWQ")
+GROUP_SIZE = 128  # the group size of the official GPTQ and AWQ releases, and Marlin's usual one
+
+# Key-values of a GGUF file are nearly all vocabulary. Qwen2.5's (byte-pair encoding with merges) take 5.95
+# MB for 151,936 tokens; SentencePiece vocabularies have no merges and take about 23 bytes a token (Llama
+# 2: 0.73 MB for 32,000).
+BPE_METADATA_BYTES_PER_TOKEN = 39.2
+SPM_METADATA_BYTES_PER_TOKEN = 23.0
+SPM_VOCABULARY_TOKENS = 33_000
+# A safetensors header holds about 100 bytes of JSON per tensor.
+SAFETENSORS_HEADER_BYTES_PER_TENSOR = 100
+
+
+class Tensor(NamedTuple):
+    """One tensor of a model: ``category`` follows llama.cpp's, ``cols`` is the length of a row (ne[0])."""
+
+    name: str
+    category: str
+    cols: int
+    rows: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Where the bytes of a model file are.
+
+    ``blocks`` are bytes per block with everything in it, ``block_experts`` the part of it that is expert
+    tensors. ``output`` is zero where the file ties it to ``token_embd`` (``tied``).
+    """
+
+    scheme: str
+    format: str
+    blocks: tuple[int, ...]
+    block_experts: tuple[int, ...]
+    token_embd: int
+    output: int
+    output_norm: int
+    tied: bool
+    file_bytes: int
+    source: str
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Return the bytes of all tensors in the file, each once."""
+        return sum(self.blocks) + self.token_embd + self.output + self.output_norm
+
+    @property
+    def output_head(self) -> int:
+        """Return the bytes of the matrix that makes logits: the output, or the embeddings where tied."""
+        return self.token_embd if self.tied else self.output
+
+
+def row_bytes(type_name: str, cols: int) -> int:
+    """Return the bytes of one row of ``cols`` elements; raises :class:`FleetfitError` for an unknown type."""
+    try:
+        elements, size = GGML_TYPES[type_name]
+    except KeyError:
+        raise FleetfitError(
+            f"The tensor type {type_name!r} is not known.",
+            code="unknown_tensor_type",
+            remedy=f"Known types: {', '.join(sorted(GGML_TYPES))}.",
+        ) from None
+    return -(-cols // elements) * size
+
+
+def model_tensors(shape: ModelShape) -> Iterator[Tensor]:
+    """Yield every tensor that llama.cpp's converter writes for this shape (conversion of each
+    architecture)."""
+    h, q, kv = shape.hidden_size, shape.q_dim, shape.kv_dim
+    yield Tensor("token_embd.weight", "token_embd", h, shape.vocab_size, -1)
+    if not shape.tied_embeddings:
+        yield Tensor("output.weight", "output", h, shape.vocab_size, -1)
+    yield Tensor("output_norm.weight", "norm", h, 1, -1)
+    if shape.rope_factors:
+        if shape.fused_projections:
+            yield Tensor("rope_factors_long.weight", "norm", shape.head_dim // 2, 1, -1)
+            yield Tensor("rope_factors_short.weight", "norm", shape.head_dim // 2, 1, -1)
+        else:
+            yield Tensor("rope_freqs.weight", "norm", shape.head_dim // 2, 1, -1)
+    for layer in range(shape.layers):
+        for name, category, cols, rows in _block_tensors(shape, h, q, kv):
+            yield Tensor(f"blk.{layer}.{name}", category, cols, rows, layer)
+
+
+def _block_tensors(shape: ModelShape, h: int, q: int, kv: int) -> Iterator[tuple[str, str, int, int]]:
+    yield "attn_norm.weight", "norm", h, 1
+    if shape.fused_projections:
+        yield "attn_qkv.weight", "attn_qkv", h, q + 2 * kv
+    else:
+        yield "attn_q.weight", "attn_q", h, q
+        yield "attn_k.weight", "attn_k", h, kv
+        yield "attn_v.weight", "attn_v", h, kv
+    if shape.attention_bias:
+        yield "attn_q.bias", "norm", q, 1
+        yield "attn_k.bias", "norm", kv, 1
+        yield "attn_v.bias", "norm", kv, 1
+    if shape.qk_norm:
+        yield "attn_q_norm.weight", "norm", shape.head_dim, 1
+        yield "attn_k_norm.weight", "norm", shape.head_dim, 1
+    yield "attn_output.weight", "attn_output", q, h
+    if shape.post_norms:
+        yield "post_attention_norm.weight", "norm", h, 1
+        yield "post_ffw_norm.weight", "norm", h, 1
+    yield "ffn_norm.weight", "norm", h, 1
+    if shape.experts:
+        width, count = shape.expert_intermediate_size, shape.experts
+        yield "ffn_gate_inp.weight", "norm", h, count  # the router stays F32
+        yield "ffn_gate_exps.weight", "ffn_gate", h, width * count
+        yield "ffn_up_exps.weight", "ffn_up", h, width * count
+        yield "ffn_down_exps.weight", "ffn_down", width, h * count
+        shared = shape.shared_expert_intermediate_size
+        if shared:
+            yield "ffn_gate_inp_shexp.weight", "norm", h, 1
+            yield "ffn_gate_shexp.weight", "ffn_gate", h, shared
+            yield "ffn_up_shexp.weight", "ffn_up", h, shared
+            yield "ffn_down_shexp.weight", "ffn_down", shared, h
+    elif shape.fused_projections:
+        yield "ffn_up.weight", "ffn_up", h, 2 * shape.intermediate_size
+        yield "ffn_down.weight", "ffn_down", shape.intermediate_size, h
+    else:
+        yield "ffn_gate.weight", "ffn_gate", h, shape.intermediate_size
+        yield "ffn_up.weight", "ffn_up", h, shape.intermediate_size
+        yield "ffn_down.weight", "ffn_down", shape.intermediate_size, h
+
+
+def tensor_type(shape: ModelShape, scheme: str, tensor: Tensor) -> str:
+    """Return the ggml type that ``llama-quantize`` gives this tensor (src/llama-quant.cpp, without an
+    imatrix).
+
+    Raises :class:`FleetfitError` (``unknown_scheme``).
+    """
+    base = _base_type(scheme)
+    if tensor.category == "norm":
+        return "F32"
+    if base in ("F32", "F16", "BF16"):
+        return base
+    chosen = _mixture_type(shape, scheme, base, tensor)
+    elements = GGML_TYPES[chosen][0]
+    if tensor.cols % elements == 0:
+        return chosen
+    chosen = FALLBACK_TYPES.get(chosen, chosen)
+    return chosen if tensor.cols % GGML_TYPES[chosen][0] == 0 else "F16"
+
+
+def _base_type(scheme: str) -> str:
+    try:
+        return GGUF_SCHEMES[scheme]
+    except KeyError:
+        raise FleetfitError(
+            f"The GGUF scheme {scheme!r} is not known.",
+            code="unknown_scheme",
+            remedy=f"Known schemes: {', '.join(GGUF_SCHEMES)}.",
+        ) from None
+
+
+def use_more_bits(layer: int, layers: int) -> bool:
+    """Return whether the ``_M`` mixtures give this layer a wider type: the first and last eighth, and
+    every third."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def _mixture_type(shape: ModelShape, scheme: str, base: str, tensor: Tensor) -> str:
+    category = tensor.category
+    if category == "output" or (category == "token_embd" and shape.tied_embeddings):
+        if tensor.cols % GGML_TYPES[base][0] or base == "Q8_0":
+            return "Q8_0"
+        return "Q6_K"
+    if category in ("attn_v", "attn_qkv"):
+        return _value_type(shape, scheme, base, tensor.layer)
+    if category == "attn_k" and shape.experts == 8:
+        return "Q8_0"
+    if category == "ffn_down":
+        return _down_type(shape, scheme, base, tensor.layer)
+    if category == "attn_output":
+        return _attention_output_type(shape, scheme, base)
+    return base
+
+
+def _value_type(shape: ModelShape, scheme: str, base: str, layer: int) -> str:
+    grouped = shape.gqa >= 4
+    chosen = base
+    if scheme == "Q2_K":
+        chosen = "Q4_K" if grouped else "Q3_K"
+    elif scheme == "IQ3_M":
+        chosen = "Q4_K"
+    elif scheme == "Q3_K_M":
+        chosen = "Q5_K" if layer < 2 else "Q4_K"
+    elif scheme == "Q3_K_L" or (scheme in ("IQ4_XS", "IQ4_NL") and grouped):
+        chosen = "Q5_K"
+    elif scheme in ("Q4_K_M", "Q5_K_M") and use_more_bits(layer, shape.layers):
+        chosen = "Q6_K"
+    elif scheme == "Q4_K_S" and layer < 4:
+        chosen = "Q5_K"
+    # llama.cpp calls 80-layer models with grouped heads "70B" and lifts their small value matrices.
+    if (
+        shape.layers == 80
+        and shape.gqa > 1
+        and shape.architecture in ("llama", "qwen2")
+        and chosen in ("Q3_K", "Q4_K")
+    ):
+        chosen = "Q5_K"
+    return "Q8_0" if shape.experts == 8 else chosen
+
+
+def _down_type(shape: ModelShape, scheme: str, base: str, layer: int) -> str:
+    layers = shape.layers
+    if scheme == "Q2_K":
+        return "Q3_K"
+    if scheme == "Q3_K_M":
+        return "Q5_K" if layer < layers // 16 else "Q4_K"
+    if scheme == "Q3_K_L":
+        return "Q5_K"
+    if scheme == "IQ3_M":
+        lifted = layer < layers // 8 or (shape.experts == 8 and use_more_bits(layer, layers))
+        return "Q4_K" if lifted else base
+    if scheme in ("Q4_K_M", "Q5_K_M") and use_more_bits(layer, layers):
+        return "Q6_K"
+    if scheme in ("Q4_K_S", "IQ4_XS", "IQ4_NL") and layer < layers // 8:
+        return "Q5_K"
+    return base
+
+
+def _attention_output_type(shape: ModelShape, scheme: str, base: str) -> str:
+    if shape.experts == 8:
+        lifted = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_M", "IQ4_XS")
+        return "Q5_K" if scheme in lifted else base
+    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}.get(scheme, base)
+
+
+@lru_cache(maxsize=4096)
+def layout_from_scheme(shape: ModelShape, scheme: str) -> TensorLayout:
+    """Return where the bytes are when ``shape`` is stored in ``scheme`` (a GGUF scheme or one of
+    safetensors).
+
+    ``F16``, ``BF16`` and ``F32`` mean GGUF files; ask for safetensors with :func:`safetensors_layout`.
+    Raises :class:`FleetfitError` (``unknown_scheme``).
+    """
+    if scheme in SAFETENSORS_SCHEMES and scheme not in GGUF_SCHEMES:
+        return safetensors_layout(shape, scheme)
+    tensors = [
+        (tensor, row_bytes(tensor_type(shape, scheme, tensor), tensor.cols) * tensor.rows)
+        for tensor in model_tensors(shape)
+    ]
+    data_bytes = sum(_pad(size, GGUF_ALIGNMENT_BYTES) for _, size in tensors)
+    return _layout(
+        shape.layers,
+        ((tensor.name, tensor.layer, size) for tensor, size in tensors),
+        scheme=scheme,
+        file_format="gguf",
+        tied=shape.tied_embeddings,
+        file_bytes=data_bytes + gguf_metadata_bytes(shape),
+        source=f"mixture rules of {scheme} on the model's shape",
+    )
+
+
+def gguf_metadata_bytes(shape: ModelShape) -> int:
+    """Return about how many bytes a GGUF header takes; nearly all of it is the vocabulary."""
+    spm = shape.vocab_size <= SPM_VOCABULARY_TOKENS or shape.architecture.startswith("gemma")
+    return int(shape.vocab_size * (SPM_METADATA_BYTES_PER_TOKEN if spm else BPE_METADATA_BYTES_PER_TOKEN))
+
+
+@lru_cache(maxsize=4096)
+def safetensors_layout(shape: ModelShape, scheme: str, group_size: int = GROUP_SIZE) -> TensorLayout:
+    """Return the layout of a safetensors release: ``BF16``, ``FP16``, ``F32``, ``FP8``, ``GPTQ-Int4/8`` or
+    ``AWQ``.
+
+    Linear layers carry the quantized weights; embeddings, head, norms and biases stay at 2 bytes: that is
+    why AWQ of a model with a 152k vocabulary is 37 % of FP16, not a quarter. Raises :class:`FleetfitError`
+    (``unknown_scheme``).
+    """
+    if scheme not in SAFETENSORS_SCHEMES:
+        raise FleetfitError(
+            f"The safetensors scheme {scheme!r} is not known.",
+            code="unknown_scheme",
+            remedy=f"Known schemes: {', '.join(SAFETENSORS_SCHEMES)}.",
+        )
+    wide = 4 if scheme == "F32" else 2
+    sizes: list[tuple[str, int, int]] = []
+    for tensor in model_tensors(shape):
+        if tensor.name.startswith("rope_"):
+            continue  # computed by the engine, not stored
+        linear = tensor.category not in ("norm", "token_embd", "output")
+        if linear and scheme not in ("BF16", "FP16", "F32"):
+            size = _linear_bytes(tensor, scheme, group_size, shape.experts)
+        else:
+            size = wide * tensor.cols * tensor.rows
+        sizes.append((tensor.name, tensor.layer, size))
+    header = SAFETENSORS_HEADER_BYTES_PER_TENSOR * len(sizes)
+    return _layout(
+        shape.layers,
+        iter(sizes),
+        scheme=scheme,
+        file_format="safetensors",
+        tied=shape.tied_embeddings,
+        file_bytes=sum(size for _, _, size in sizes) + header,
+        source=f"{scheme} arithmetic on the model's shape",
+    )
+
+
+def _linear_bytes(tensor: Tensor, scheme: str, group_size: int, experts: int) -> int:
+    """Return the bytes of one quantized linear layer (or of all experts' in one).
+
+    GPTQ: qweight, qzeros at the same width, FP16 scales per group, and an int32 group index per input; AWQ
+    without the index; FP8: one byte a weight and an FP32 scale per output row.
+    """
+    weights = tensor.cols * tensor.rows
+    if scheme == "FP8":
+        return weights + 4 * tensor.rows
+    bits = 8 if scheme.endswith("Int8") else 4
+    groups = -(-tensor.cols // group_size) * tensor.rows
+    size = weights * bits // 8 + groups * 2 + groups * bits // 8
+    if scheme.startswith("GPTQ"):
+        copies = experts if "_exps" in tensor.name else 1
+        size += 4 * tensor.cols * copies
+    return size
+
+
+def _layout(
+    layers: int,
+    tensors: Iterable[tuple[str, int, int]],
+    *,
+    scheme: str,
+    file_format: str,
+    tied: bool,
+    file_bytes: int,
+    source: str,
+) -> TensorLayout:
+    blocks = [0] * layers
+    experts = [0] * layers
+    token_embd = output = other = 0
+    for name, layer, size in tensors:
+        if layer >= 0:
+            blocks[layer] += size
+            if "_exps." in name:
+                experts[layer] += size
+        elif name == "token_embd.weight":
+            token_embd += size
+        elif name == "output.weight":
+            output += size
+        else:
+            other += size
+    return TensorLayout(
+        scheme=scheme,
+        format=file_format,
+        blocks=tuple(blocks),
+        block_experts=tuple(experts),
+        token_embd=token_embd,
+        output=output,
+        output_norm=other,
+        tied=tied,
+        file_bytes=file_bytes,
+        source=source,
+    )
+
+
+def _pad(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
