@@ -1,0 +1,193 @@
+"""The policy: what a host's owner wants from a plan, read from play variables or from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from .catalog_entry import QUALITY_TIERS, TIER_OF_SCHEME, tier_of_scheme
+from .errors import FleetfitError
+
+SCHEMA_VERSION = 1
+PREFERENCES = ("quality", "speed", "context")
+ENGINE_CHOICES = ("auto", "llama_cpp", "vllm")
+# llama-server's -ctk/-ctv choices; fp8 is vLLM's.
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "fp8")
+# llama-server refuses more parallel sequences than this (LLAMA_MAX_SEQ in its source).
+MAX_SLOTS = 256
+MAX_CONTEXT_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the plan must satisfy; lengths in tokens, sizes in bytes.
+
+    ``min_context_tokens`` is per slot and is the context served, exactly. ``replan`` is about this run only and is no
+    part of the recorded policy.
+    """
+
+    model: str
+    min_context_tokens: int = 8192
+    slots: int = 2
+    prefer: str = "quality"
+    min_quality_tier: str = "Q4_K_M"
+    min_tokens_per_s: float = 0.0
+    engine: str = "auto"
+    kv_type: str = "f16"
+    accepted_licences: tuple[str, ...] = ()
+    vram_reserve_bytes: int = 0
+    use_gpus: bool = True
+    open_webui: bool = False
+    simulated_gpus: bool = False
+    replan: bool = False
+
+    @property
+    def min_tier_rank(self) -> int:
+        """Return the position of the lowest tier allowed; 0 is best."""
+        return QUALITY_TIERS.index(self.min_quality_tier)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the policy as the plan records it (catalog/schemas/policy.json)."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "min_context_tokens": self.min_context_tokens,
+            "slots": self.slots,
+            "prefer": self.prefer,
+            "min_quality_tier": self.min_quality_tier,
+            "min_tokens_per_s": self.min_tokens_per_s,
+            "engine": self.engine,
+            "kv_type": self.kv_type,
+            "accepted_licences": list(self.accepted_licences),
+            "vram_reserve_bytes": self.vram_reserve_bytes,
+            "use_gpus": self.use_gpus,
+            "open_webui": self.open_webui,
+            "simulated_gpus": self.simulated_gpus,
+        }
+
+
+def policy_from_variables(variables: Mapping[str, Any]) -> Policy:
+    """Return the policy that the play variables ``fleetfit_*`` state.
+
+    Raises :class:`FleetfitError`: ``model_not_named`` without ``fleetfit_model``, ``bad_policy`` naming the variable
+    and its value.
+    """
+    model = variables.get("fleetfit_model")
+    if model is None or (isinstance(model, str) and not model.strip()):
+        raise FleetfitError(
+            "No model is named.",
+            code="model_not_named",
+            remedy="Set fleetfit_model, e.g. to qwen2.5-7b-instruct; `fleetfit catalog list` shows all.",
+        )
+    if not isinstance(model, str):
+        raise _bad("fleetfit_model", model, "the id of a catalog entry")
+    return Policy(
+        model=model.strip(),
+        min_context_tokens=_whole(variables, "fleetfit_min_context_tokens", 8192, 1, MAX_CONTEXT_TOKENS),
+        slots=_whole(variables, "fleetfit_slots", 2, 1, MAX_SLOTS),
+        prefer=_choice(variables, "fleetfit_prefer", "quality", PREFERENCES),
+        min_quality_tier=_tier(variables),
+        min_tokens_per_s=_number(variables, "fleetfit_min_tokens_per_s", 0.0),
+        engine=_choice(variables, "fleetfit_engine", "auto", ENGINE_CHOICES),
+        kv_type=_choice(variables, "fleetfit_kv_type", "f16", KV_TYPES),
+        accepted_licences=_names(variables, "fleetfit_accepted_licences"),
+        vram_reserve_bytes=_whole(variables, "fleetfit_vram_reserve_bytes", 0, 0, 1 << 50),
+        use_gpus=_boolean(variables, "fleetfit_use_gpus", True),
+        open_webui=_boolean(variables, "fleetfit_open_webui", False),
+        simulated_gpus=_boolean(variables, "fleetfit_simulated_gpus", False),
+        replan=_boolean(variables, "fleetfit_replan", False),
+    )
+
+
+def check_min_context(policy: Policy, native_tokens: int, max_tokens: int, model: str) -> None:
+    """Raise ``context_above_limit`` where the policy asks for more context than the model supports at all."""
+    if policy.min_context_tokens <= max_tokens:
+        return
+    extended = f", {max_tokens} with YaRN" if max_tokens > native_tokens else ""
+    raise FleetfitError(
+        f"fleetfit_min_context_tokens is {policy.min_context_tokens}, but {model} supports {native_tokens} tokens"
+        f"{extended}.",
+        code="context_above_limit",
+        remedy=f"Ask for at most {max_tokens} tokens, or choose a model with a longer context.",
+    )
+
+
+def _bad(name: str, value: Any, wanted: str) -> FleetfitError:
+    return FleetfitError(
+        f"{name} is {value!r}; it must be {wanted}.",
+        code="bad_policy",
+        remedy=f"Correct {name} in the inventory or on the command line.",
+    )
+
+
+def _number(variables: Mapping[str, Any], name: str, default: float) -> float:
+    value = variables.get(name)
+    if value is None:
+        return default
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise _bad(name, value, "a number, zero or more") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise _bad(name, value, "a number, zero or more")
+    return float(value)
+
+
+def _whole(variables: Mapping[str, Any], name: str, default: int, minimum: int, maximum: int) -> int:
+    value = variables.get(name)
+    if value is None:
+        return default
+    wanted = f"a whole number from {minimum} to {maximum}"
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            raise _bad(name, value, wanted) from None
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise _bad(name, value, wanted)
+    return int(value)
+
+
+def _choice(variables: Mapping[str, Any], name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = variables.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str) or value not in choices:
+        raise _bad(name, value, f"one of {', '.join(choices)}")
+    return str(value)
+
+
+def _boolean(variables: Mapping[str, Any], name: str, default: bool) -> bool:
+    value: Optional[Any] = variables.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise _bad(name, value, "true or false")
+
+
+def _names(variables: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = variables.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise _bad(name, value, "a list of licence names")
+    return tuple(sorted({str(item) for item in value}))
+
+
+def _tier(variables: Mapping[str, Any]) -> str:
+    name = "fleetfit_min_quality_tier"
+    value = variables.get(name)
+    if value is None:
+        return "Q4_K_M"
+    known = (*QUALITY_TIERS, *TIER_OF_SCHEME)
+    if not isinstance(value, str) or value not in known:
+        raise _bad(name, value, f"one of {', '.join(QUALITY_TIERS)}")
+    return value if value in QUALITY_TIERS else tier_of_scheme(value)
