@@ -9,13 +9,14 @@ import json
 import socket
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 
 from .console import note, step
+from .gpu import apply_gpu, gpu_files
 from .images import ensure_image
-from .machine import Machine, container_options, container_runtime, ready_machine
+from .machine import Machine, container_options, podman, ready_machine
 from .paths import LabPaths, lab_paths, locked
 from .process import output, run
 from .ssh import config_path, host_key, user_key, wait_for_host, write_config
@@ -36,12 +37,6 @@ class Host:
     ssh_port: int
     user: str
     ssh_config: str
-
-
-def podman(machine: Machine, *arguments: str) -> list[str]:
-    """Return the argument list of a podman command with the runtime that fits the machine."""
-    runtime = container_runtime(machine)
-    return ["podman", *(["--runtime", runtime] if runtime else []), *arguments]
 
 
 def ensure_network(paths: LabPaths) -> ipaddress.IPv4Network:
@@ -181,8 +176,9 @@ def start_host(
             *container_options(machine),
         ]
         seed = seed_files(paths, name)
-        digest = hashlib.sha256(json.dumps([reference, options, user, profile]).encode() + seed)
+        digest = hashlib.sha256(json.dumps([reference, options, user]).encode() + seed)
         spec = digest.hexdigest()
+        gpu, gpu_digest = gpu_files(machine, profile)
         action = host_action(spec, find_container(container), record)
         if action == "start":
             done = run(podman(machine, "start", container), what=f"start {name}", check=False)
@@ -194,9 +190,12 @@ def start_host(
             record_host(paths, state, name, None)
             remove_container(container)
             record = create_host(paths, machine, state, name, container, reference, options, seed, spec)
-            record = HostRecord(record.container_id, record.ssh_port, user, kind, spec, profile)
+            record = HostRecord(record.container_id, record.ssh_port, user, kind, spec)
         if record is None:
             raise RuntimeError("a kept host has a record")
+        if record.gpu != gpu_digest:
+            apply_gpu(machine, container, gpu, profile)
+            record = replace(record, profile=profile, gpu=gpu_digest)
         record_host(paths, state, name, record)
     health = wait_for_host(paths, name)
     if health != "running":

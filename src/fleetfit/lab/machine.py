@@ -91,13 +91,15 @@ def container_runtime(machine: Machine) -> str | None:
     return "runc" if machine.cgroup == "hybrid" else None
 
 
-def container_options(machine: Machine) -> list[str]:
-    """Return podman's options for a container with systemd and hardened units on this machine."""
-    options = ["--systemd=always"]
-    # systemd's sandboxing mounts and new namespaces need these; without them a hardened unit dies
-    # with 226/NAMESPACE. sshd writes audit records.
-    options += ["--cap-add=SYS_ADMIN", "--cap-add=AUDIT_WRITE"]
-    options += ["--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined"]
+def podman(machine: Machine, *arguments: str) -> list[str]:
+    """Return the argument list of a podman command with the runtime that fits the machine."""
+    runtime = container_runtime(machine)
+    return ["podman", *(["--runtime", runtime] if runtime else []), *arguments]
+
+
+def ulimit_options(machine: Machine) -> list[str]:
+    """Return podman's --ulimit options: none where this machine may raise its limits as podman wishes."""
+    options = []
     if machine.root and not machine.raise_limits:
         if 0 <= machine.nofile_hard < PODMAN_NOFILE:
             options.append(f"--ulimit=nofile={machine.nofile_hard}:{machine.nofile_hard}")
@@ -106,6 +108,16 @@ def container_options(machine: Machine) -> list[str]:
             nproc = min(machine.nproc_hard, machine.pid_max)
             options.append(f"--ulimit=nproc={nproc}:{nproc}")
     return options
+
+
+def container_options(machine: Machine) -> list[str]:
+    """Return podman's options for a container with systemd and hardened units on this machine."""
+    options = ["--systemd=always"]
+    # systemd's sandboxing mounts and new namespaces need these; without them a hardened unit dies
+    # with 226/NAMESPACE. sshd writes audit records.
+    options += ["--cap-add=SYS_ADMIN", "--cap-add=AUDIT_WRITE"]
+    options += ["--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined"]
+    return options + ulimit_options(machine)
 
 
 def missing_packages(machine: Machine) -> list[str]:

@@ -23,7 +23,8 @@ class HostRecord:
     user: str
     kind: str  # "lab" or "test"
     spec: str  # digest of everything that the container was created from
-    profile: str | None = None
+    profile: str | None = None  # of the simulated GPU
+    gpu: str = ""  # digest of the simulated GPU's files in the host
 
 
 @dataclass

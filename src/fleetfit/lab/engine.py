@@ -1,0 +1,76 @@
+"""Build llama.cpp for the lab's hosts, once, in a container with the oldest glibc among them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.engine_build import (
+    BuiltEngine,
+    EngineBuild,
+    best_baseline,
+    build_script,
+    fetch_source,
+    finish_build,
+    finished_build,
+    unpack_source,
+)
+
+from .console import step
+from .images import ensure_image
+from .machine import Machine, podman, ready_machine, ulimit_options
+from .paths import cache_root, locked
+from .process import run
+
+BUILD_MINUTES = 8  # on two cores, measured 22 Nov 2026
+
+
+def this_cpus_baseline() -> str:
+    """Return the CPU baseline of this machine, on which the lab's hosts run too."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return best_baseline(line.partition(":")[2].split())
+    return best_baseline([])
+
+
+def lab_build() -> EngineBuild:
+    """Return which build of llama.cpp the lab serves."""
+    return EngineBuild(cpu_baseline=this_cpus_baseline())
+
+
+def ensure_engine(machine: Machine | None = None, build: EngineBuild | None = None) -> BuiltEngine:
+    """Return the built engine from the cache; build it, or go on with a killed build, where it is missing."""
+    build = build or lab_build()
+    cache = cache_root()
+    found = finished_build(build, cache)
+    if found is not None:
+        return found
+    machine = machine or ready_machine()
+    folder = cache / "engine" / build.key()
+    with locked(folder / "lock"):
+        found = finished_build(build, cache)
+        if found is not None:
+            return found
+        image = ensure_image("builder")
+        jobs = os.cpu_count() or 1
+        step(
+            f"Building llama.cpp {build.version} ({build.backend}, {build.cpu_baseline}) once: "
+            f"about {BUILD_MINUTES * 2 / jobs:.0f} minutes on {jobs} cores; log: {folder / 'build.log'}"
+        )
+        started = time.monotonic()
+        work = folder / "work"
+        unpack_source(fetch_source(build, folder), work)
+        (work / "build.sh").write_text(build_script(build, jobs))
+        container = f"fleetfit-build-{build.key()}"
+        # A killed run may have left its container compiling.
+        run(podman(machine, "rm", "--force", "--ignore", container), what="remove an old build container")
+        argv = podman(machine, "run", "--rm", f"--name={container}", "--network=none")
+        argv += [*ulimit_options(machine), f"--volume={work}:/work", image]
+        argv += ["nice", "sh", "/work/build.sh", "/work/llama.cpp", "/work/build", "/work/out"]
+        run(argv, what="build llama.cpp", log=folder / "build.log")
+        built = finish_build(build, cache, work / "out" / "bin")
+        shutil.rmtree(work)
+        step(f"Built llama.cpp in {time.monotonic() - started:.0f} s")
+    return built
