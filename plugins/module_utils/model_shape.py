@@ -32,6 +32,7 @@ GLOBAL_EVERY = {"gemma2": 2, "gemma3": 6}
 MAX_LAYERS = 4096
 MAX_DIMENSION = 1 << 32
 
+_DRAFT_ARCHITECTURES = frozenset({"eagle3", "dflash", "gemma4-assistant"})
 _PROJECTOR_PREFIXES = ("clip", "mmproj")
 
 
@@ -279,6 +280,12 @@ def from_gguf(
             f"{origin} is a multimodal projector, not a language model.",
             code="multimodal_not_supported",
             remedy="Name the language model's own GGUF file.",
+        )
+    if architecture in _DRAFT_ARCHITECTURES or metadata.get(f"{architecture}.nextn_predict_layers"):
+        raise FleetfitError(
+            f"{origin} is or carries a draft model ({architecture}), which the memory model does not cover.",
+            code="draft_not_supported",
+            remedy="Choose a file without draft (MTP) layers.",
         )
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise FleetfitError(

@@ -8,13 +8,18 @@ its 0.5B sibling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
 
 from .errors import FleetfitError
+from .gguf_reader import GgufHeader, read_gguf
 from .model_shape import ModelShape
+from .safetensors_header import read_directory
 
 # Elements per block and bytes per block of ggml's types (ggml/src/ggml-common.h: the block_* structs).
 GGML_TYPES: Mapping[str, tuple[int, int]] = {
@@ -322,14 +327,13 @@ def _attention_output_type(shape: ModelShape, scheme: str, base: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def layout_from_scheme(shape: ModelShape, scheme: str) -> TensorLayout:
-    """Return where the bytes are when ``shape`` is stored in ``scheme`` (a GGUF scheme or one of
-    safetensors).
+def layout_from_scheme(shape: ModelShape, scheme: str, file_format: Optional[str] = None) -> TensorLayout:
+    """Return where the bytes are when ``shape`` is stored in ``scheme``.
 
-    ``F16``, ``BF16`` and ``F32`` mean GGUF files; ask for safetensors with :func:`safetensors_layout`.
+    ``F32`` and ``BF16`` exist in both formats: they mean GGUF unless ``file_format`` is ``safetensors``.
     Raises :class:`FleetfitError` (``unknown_scheme``).
     """
-    if scheme in SAFETENSORS_SCHEMES and scheme not in GGUF_SCHEMES:
+    if file_format == "safetensors" or (scheme in SAFETENSORS_SCHEMES and scheme not in GGUF_SCHEMES):
         return safetensors_layout(shape, scheme)
     tensors = [
         (tensor, row_bytes(tensor_type(shape, scheme, tensor), tensor.cols) * tensor.rows)
@@ -407,6 +411,147 @@ def _linear_bytes(tensor: Tensor, scheme: str, group_size: int, experts: int) ->
         copies = experts if "_exps" in tensor.name else 1
         size += 4 * tensor.cols * copies
     return size
+
+
+def layout_from_gguf(source: Union[str, Path, GgufHeader]) -> TensorLayout:
+    """Return where the bytes of a GGUF model are, from its header (split files: any part).
+
+    Raises :class:`FleetfitError` as :func:`gguf_reader.read_gguf` does, or ``bad_gguf`` where blocks are
+    missing.
+    """
+    header = source if isinstance(source, GgufHeader) else read_gguf(source)
+    origin = header.paths[0]
+    names = header.tensor_names
+    sizes = [
+        (tensor.name, _block_number(_GGUF_BLOCK, tensor.name), tensor.size_bytes) for tensor in header.tensors
+    ]
+    if "token_embd.weight" not in names:
+        raise FleetfitError(
+            f"{origin} has no tensor token_embd.weight.",
+            code="bad_gguf",
+            remedy="Name a whole language model, not an adapter or a part of one.",
+        )
+    return _layout(
+        _block_count(sizes, origin, "bad_gguf"),
+        sizes,
+        scheme=_scheme_of_gguf(header),
+        file_format="gguf",
+        tied="output.weight" not in names,
+        file_bytes=header.file_bytes,
+        source=f"tensor sizes in the header of {os.path.basename(origin)}",
+    )
+
+
+def layout_from_safetensors(directory: Union[str, Path], scheme: str) -> TensorLayout:
+    """Return where the bytes of a model's directory are, from its safetensors headers.
+
+    ``scheme`` names the quantization (:func:`scheme_of_config` reads it from config.json). Raises
+    :class:`FleetfitError` as :func:`safetensors_header.read_directory` does.
+    """
+    renamed = {"embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    sizes = []
+    for tensor in read_directory(directory):
+        name = next((new for old, new in renamed.items() if tensor.name.endswith(old)), tensor.name)
+        if ".experts." in name:
+            name = f"{name}_exps."
+        sizes.append((name, _block_number(_SAFETENSORS_BLOCK, tensor.name), tensor.size_bytes))
+    names = {name for name, _, _ in sizes}
+    return _layout(
+        _block_count(sizes, str(directory), "bad_safetensors"),
+        sizes,
+        scheme=scheme,
+        file_format="safetensors",
+        tied="output.weight" not in names,
+        file_bytes=sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")),
+        source="tensor sizes in the safetensors headers",
+    )
+
+
+def scheme_of_config(config: Mapping[str, Any]) -> str:
+    """Return the safetensors scheme that a ``config.json`` declares: ``BF16``, ``FP16``, ``GPTQ-Int4``,
+    ``AWQ`` …
+
+    Raises :class:`FleetfitError` (``unknown_scheme``).
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        dtype = str(config.get("torch_dtype", config.get("dtype", "bfloat16")))
+        known = {"bfloat16": "BF16", "float16": "FP16", "float32": "F32"}
+        if dtype in known:
+            return known[dtype]
+        raise _unknown_safetensors_scheme(dtype)
+    if isinstance(quantization, Mapping):
+        method, bits = quantization.get("quant_method"), quantization.get("bits")
+        if method == "gptq" and bits in (4, 8):
+            return f"GPTQ-Int{bits}"
+        if method == "awq" and bits == 4:
+            return "AWQ"
+        if method == "fp8":
+            return "FP8"
+    raise _unknown_safetensors_scheme(str(quantization))
+
+
+_GGUF_BLOCK = re.compile(r"^blk\.(\d{1,4})\.")
+_SAFETENSORS_BLOCK = re.compile(r"(?:^|\.)layers\.(\d{1,4})\.")
+# general.file_type -> scheme (llama_ftype in include/llama.h).
+_FILE_TYPES: Mapping[int, str] = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    8: "Q5_0",
+    9: "Q5_1",
+    10: "Q2_K",
+    11: "Q3_K_S",
+    12: "Q3_K_M",
+    13: "Q3_K_L",
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    16: "Q5_K_S",
+    17: "Q5_K_M",
+    18: "Q6_K",
+    25: "IQ4_NL",
+    27: "IQ3_M",
+    30: "IQ4_XS",
+    32: "BF16",
+}
+
+
+def _scheme_of_gguf(header: GgufHeader) -> str:
+    """Return the scheme that the file declares, else the type that holds most of its bytes."""
+    declared = header.metadata.get("general.file_type")
+    if isinstance(declared, int) and declared in _FILE_TYPES:
+        return _FILE_TYPES[declared]
+    by_type: dict[str, int] = {}
+    for tensor in header.tensors:
+        by_type[tensor.type_name] = by_type.get(tensor.type_name, 0) + tensor.size_bytes
+    return max(by_type, key=lambda name: (by_type[name], name))
+
+
+def _block_number(pattern: re.Pattern[str], name: str) -> int:
+    match = pattern.search(name)
+    return -1 if match is None else int(match[1])
+
+
+def _block_count(sizes: Sequence[tuple[str, int, int]], origin: str, code: str) -> int:
+    """Return the number of blocks; refuse a model in which one is missing."""
+    blocks = {layer for _, layer, _ in sizes if layer >= 0}
+    if not blocks or blocks != set(range(len(blocks))):
+        raise FleetfitError(
+            f"{origin} does not hold every block of a model.",
+            code=code,
+            remedy="Put all parts of the model into one directory, or fetch it again.",
+        )
+    return len(blocks)
+
+
+def _unknown_safetensors_scheme(what: str) -> FleetfitError:
+    return FleetfitError(
+        f"The quantization {what!r} is not known.",
+        code="unknown_scheme",
+        remedy=f"Known safetensors schemes: {', '.join(SAFETENSORS_SCHEMES)}.",
+    )
 
 
 def _layout(
