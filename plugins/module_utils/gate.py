@@ -1,0 +1,747 @@
+"""Readiness of an engine: its process, its health, and a real answer to a real question.
+
+An engine can answer ``/health`` and die at the first request, find its port held by somebody else, or load
+for ten minutes and log all the while: only the unit's state, the listener's owner, the journal and a
+completion together tell ready, loading, hung, out of memory, crashed and wrong apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+from urllib.parse import urlsplit
+
+from .errors import FleetfitError
+from .manifest import HostPaths, check_service_name
+from .release import current_digest, read_release, read_settings
+from .units import GIB, MIB
+
+KINDS = ("llama_cpp", "vllm", "open_webui")
+STATES = (
+    "ready",
+    "loading",
+    "hung",
+    "out_of_memory",
+    "crashed",
+    "port_in_use",
+    "refused",
+    "wrong_answer",
+    "wrong_settings",
+)
+# A question that every instruction model of at least 0.1 billion parameters was seen to answer.
+QUESTION = "What is the capital of France? Answer with its name."
+EXPECT = r"(?i)paris"
+# Room for the answer, then for a model that thinks before it answers.
+ANSWER_TOKENS = 64
+THINKING_TOKENS = 1024
+LOG_TAIL_LINES = 20
+# Journal lines read for measurements: a start writes some hundreds, an hour of requests some thousands.
+LOG_LINES = 20_000
+POLL_S = 0.5
+PROBE_TIMEOUT_S = 5.0
+# Crashes reach the unit's state a moment after the connection broke: how long to look for one.
+CRASH_LOOK_S = 4.0
+# A log that never stops must not extend the wait for ever.
+MAX_TIMEOUT_FACTOR = 6
+
+# The engines' own errors: ggml's allocators and CUDA backend, PyTorch, vLLM's memory profiler, the kernel.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|failed to allocate .*(buffer|memory)|unable to allocate .*buffer"
+    r"|failed to allocate compute|std::bad_alloc|Cannot allocate memory|\bMemoryError\b"
+    r"|killed by the OOM killer|Failed with result 'oom-kill'|No available memory for the cache blocks"
+    r"|is less than desired GPU memory utilization"
+    r"|larger than the (maximum number of tokens|available KV cache)",
+    re.IGNORECASE,
+)
+_PORT_IN_USE = re.compile(
+    r"couldn't bind HTTP server socket|address already in use|Errno 98\b", re.IGNORECASE
+)
+# Lines that our own polling makes in the engine's log are not progress.
+_ACCESS_LOG = re.compile(r"(GET|POST) /\S*|log_server_r|done request")
+_LINE_TIME = re.compile(r"^\s*(?:[\d.:,TZ+\-/]+\s+)+")
+_BUFFER = re.compile(
+    r"(?P<device>\S+)\s+(?P<kind>model|KV|RS|compute|output|LoRA) buffer size\s*=\s*(?P<mib>[0-9.]+) MiB"
+)
+_VLLM_TERMS = (
+    ("model_bytes", re.compile(r"Model loading took ([0-9.]+) GiB"), GIB),
+    ("kv_bytes", re.compile(r"Available KV cache memory: ([0-9.]+) GiB"), GIB),
+    ("kv_tokens", re.compile(r"GPU KV cache size: ([0-9,]+) tokens"), 1),
+)
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """What to ask: times in seconds; ``settings`` are the release's, compared with the engine's report."""
+
+    service: str
+    kind: str
+    url: str
+    credential: Optional[str] = None
+    model: str = ""
+    timeout_s: float = 300.0
+    max_timeout_s: float = 0.0
+    question: str = QUESTION
+    expect: Optional[str] = EXPECT
+    admin_email: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def longest_s(self) -> float:
+        """Return the time after which even an engine that still makes progress is given up."""
+        return self.max_timeout_s or self.timeout_s * MAX_TIMEOUT_FACTOR
+
+    @property
+    def host(self) -> str:
+        """Return the host of the URL."""
+        return urlsplit(self.url).hostname or "127.0.0.1"
+
+    @property
+    def port(self) -> int:
+        """Return the port of the URL."""
+        return urlsplit(self.url).port or 80
+
+
+def parse_gate(service: str, gate: Mapping[str, Any], settings: Mapping[str, Any]) -> GateSpec:
+    """Return the gate as a checked value; raises FleetfitError that names the field at fault."""
+
+    def refuse(message: str, remedy: str) -> FleetfitError:
+        return FleetfitError(f"The gate of {service}: {message}", code="bad_gate", remedy=remedy)
+
+    known = {name for name in GateSpec.__dataclass_fields__ if name not in ("service", "settings")}
+    unknown = sorted(set(gate) - known)
+    if unknown:
+        raise refuse(f"'{unknown[0]}' is not a field.", f"Fields: {', '.join(sorted(known))}.")
+    if gate.get("kind") not in KINDS:
+        raise refuse(f"kind {gate.get('kind')!r} is not known.", f"Use one of {', '.join(KINDS)}.")
+    parts = urlsplit(str(gate.get("url", "")))
+    if parts.scheme != "http" or not parts.hostname or not parts.port:
+        raise refuse(f"url {gate.get('url')!r} is not an address.", "Write http://127.0.0.1:PORT.")
+    if gate["kind"] == "open_webui" and not (gate.get("credential") and gate.get("admin_email")):
+        raise refuse("signing in needs 'credential' and 'admin_email'.", "Give both.")
+    values = {name: gate[name] for name in gate if gate[name] is not None or name == "expect"}
+    spec = GateSpec(service=check_service_name(service), settings=dict(settings), **values)
+    if spec.timeout_s <= 0 or spec.longest_s < spec.timeout_s:
+        raise refuse(
+            f"timeout_s {spec.timeout_s} is not usable.", "Use seconds above 0, at most max_timeout_s."
+        )
+    if spec.expect:
+        try:
+            re.compile(spec.expect)
+        except re.error as error:
+            raise refuse(f"'expect' is not a regular expression ({error}).", "Correct it.") from error
+    return spec
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """The properties of a systemd unit that readiness is read from."""
+
+    active: str = "inactive"
+    sub: str = "dead"
+    main_pid: int = 0
+    n_restarts: int = 0
+    result: str = "success"
+    exit_code: str = ""
+    job: str = ""
+    control_group: str = ""
+    load: str = "loaded"
+
+    @property
+    def starting(self) -> bool:
+        """Return whether systemd is still working on starting it."""
+        return self.active in ("activating", "reloading") or bool(self.job and self.job != "0")
+
+
+_PROPERTIES = (
+    "ActiveState,SubState,MainPID,NRestarts,Result,ExecMainCode,ExecMainStatus,Job,ControlGroup,LoadState"
+)
+
+
+def parse_unit(text: str) -> UnitState:
+    """Return the state in the output of ``systemctl show``."""
+    values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    code = {"1": "exit code", "2": "signal", "3": "signal (core dumped)"}.get(
+        values.get("ExecMainCode", ""), ""
+    )
+    return UnitState(
+        active=values.get("ActiveState", "inactive"),
+        sub=values.get("SubState", "dead"),
+        main_pid=int(values.get("MainPID") or 0),
+        n_restarts=int(values.get("NRestarts") or 0),
+        result=values.get("Result", "success"),
+        exit_code=f"{code} {values.get('ExecMainStatus', '')}" if code else "",
+        job=values.get("Job", ""),
+        control_group=values.get("ControlGroup", ""),
+        load=values.get("LoadState", "loaded"),
+    )
+
+
+def read_unit(service: str) -> UnitState:
+    """Return the state of ``<service>.service`` now."""
+    done = subprocess.run(
+        ["systemctl", "show", f"{service}.service", f"--property={_PROPERTIES}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return parse_unit(done.stdout)
+
+
+def read_log(service: str, since: Optional[float], lines: int = LOG_LINES) -> list[str]:
+    """Return the unit's journal lines since ``since`` (Unix seconds), oldest first, in any namespace."""
+    command = [
+        "journalctl",
+        "--namespace=*",
+        f"--unit={service}.service",
+        "--output=cat",
+        "--no-pager",
+        "--quiet",
+    ]
+    command.append(f"--lines={lines}")
+    if since is not None:
+        command.append(f"--since=@{since:.3f}")
+    done = subprocess.run(command, check=False, capture_output=True, timeout=60)
+    return done.stdout.decode("utf-8", "replace").splitlines()
+
+
+def last_start(service: str) -> Optional[float]:
+    """Return when the unit was last started, in Unix seconds, or None if it never was since boot."""
+    done = subprocess.run(
+        ["systemctl", "show", f"{service}.service", "--property=InactiveExitTimestamp", "--timestamp=unix"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    match = re.search(r"@(\d+)", done.stdout)
+    return float(match.group(1)) if match else None
+
+
+def redact(lines: Iterable[str], secrets: Sequence[str]) -> list[str]:
+    """Return ``lines`` without the values in ``secrets``."""
+    result = []
+    for line in lines:
+        for secret in secrets:
+            line = line.replace(secret, "[redacted]")
+        result.append(line)
+    return result
+
+
+def measured_memory(lines: Iterable[str]) -> dict[str, Any]:
+    """Return what the engine itself logged about its memory, in bytes, as device → term → bytes.
+
+    llama.cpp: ``CUDA0 model buffer size = X MiB`` and its siblings for KV, RS (recurrent state), compute,
+    output and LoRA; buffers of one device and term add up, but compute and output are reserved anew: the
+    last one counts. vLLM: its lines about model loading and the KV cache.
+    """
+    found: dict[str, Any] = {}
+    for line in lines:
+        match = _BUFFER.search(line)
+        if match:
+            terms = found.setdefault(match["device"], {})
+            term = match["kind"].lower()
+            size = round(float(match["mib"]) * MIB)
+            terms[term] = size if term in ("compute", "output") else terms.get(term, 0) + size
+        for name, pattern, unit in _VLLM_TERMS:
+            vllm = pattern.search(line)
+            if vllm:
+                found.setdefault("vllm", {})[name] = round(float(vllm.group(1).replace(",", "")) * unit)
+    return found
+
+
+def classify(lines: Sequence[str], unit: UnitState) -> tuple[str, str]:
+    """Return (state, cause) of an engine whose process died, from its last journal lines and its unit."""
+    for pattern, state in ((_PORT_IN_USE, "port_in_use"), (_OUT_OF_MEMORY, "out_of_memory")):
+        for line in reversed(lines):
+            if pattern.search(line):
+                return state, line.strip()
+    if unit.result == "oom-kill":
+        return "out_of_memory", "the kernel killed it for memory"
+    for line in reversed(lines):
+        if re.search(r"Main process exited|Failed at step|Failed to (load|run|set up)", line):
+            return "crashed", line.strip()
+    return "crashed", f"result {unit.result}" + (f", {unit.exit_code}" if unit.exit_code else "")
+
+
+def is_progress(line: str) -> str:
+    """Return what identifies ``line`` as a new step of the engine, or an empty text for one that is none."""
+    if _ACCESS_LOG.search(line):
+        return ""
+    return _LINE_TIME.sub("", line).strip()
+
+
+def listener_inodes(port: int, tables: Sequence[str]) -> set[str]:
+    """Return the socket inodes that listen on TCP ``port``, from texts in the format of /proc/net/tcp."""
+    found = set()
+    for table in tables:
+        for line in table.splitlines()[1:]:
+            columns = line.split()
+            # 0A is TCP_LISTEN, include/net/tcp_states.h.
+            if len(columns) > 9 and columns[3] == "0A" and int(columns[1].rsplit(":", 1)[1], 16) == port:
+                found.add(columns[9])
+    return found
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read()
+    except OSError:
+        return ""
+
+
+def listener_pids(port: int) -> list[int]:
+    """Return the processes that hold a listening socket on TCP ``port`` here (root sees all of them)."""
+    inodes = listener_inodes(port, [_read_text("/proc/net/tcp"), _read_text("/proc/net/tcp6")])
+    if not inodes:
+        return []
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            for descriptor in os.listdir(f"/proc/{name}/fd"):
+                if os.readlink(f"/proc/{name}/fd/{descriptor}") in wanted:
+                    found.append(int(name))
+                    break
+        except OSError:
+            continue
+    return found
+
+
+def foreign_listener(port: int, control_group: str) -> Optional[str]:
+    """Return the name of a process outside ``control_group`` that listens on ``port``, or None."""
+    for pid in listener_pids(port):
+        groups = _read_text(f"/proc/{pid}/cgroup")
+        unit = control_group.rstrip("/")
+        if not unit or not any(
+            line.rsplit(":", 1)[-1] == unit or line.rsplit(":", 1)[-1].startswith(unit + "/")
+            for line in groups.splitlines()
+        ):
+            return f"{_read_text(f'/proc/{pid}/comm').strip() or 'a process'} (pid {pid})"
+    return None
+
+
+class _RefusedError(Exception):
+    """The engine answered, and what it said is final: (state, message)."""
+
+    def __init__(self, state: str, message: str) -> None:
+        super().__init__(message)
+        self.state = state
+        self.message = message
+
+
+@dataclass
+class Talk:
+    """One conversation with the service over HTTP, without proxies and without keeping a connection."""
+
+    spec: GateSpec
+    key: str
+
+    def _open(
+        self, method: str, path: str, body: Optional[Mapping[str, Any]], token: str, timeout_s: float
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(self.spec.host, self.spec.port, timeout=timeout_s)
+        headers = {"Accept": "application/json", "Connection": "close"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        data = None
+        if body is not None:
+            data = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        prefix = urlsplit(self.spec.url).path.rstrip("/")
+        try:
+            connection.request(method, prefix + path, body=data, headers=headers)
+            return connection, connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Optional[Mapping[str, Any]] = None,
+        *,
+        token: str = "",
+        timeout_s: float = PROBE_TIMEOUT_S,
+    ) -> tuple[int, bytes]:
+        """Return (status, body) of one request; raises OSError and http.client.HTTPException."""
+        connection, response = self._open(method, path, body, token, timeout_s)
+        try:
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def ask_json(
+        self, method: str, path: str, body: Optional[Mapping[str, Any]], *, token: str, timeout_s: float
+    ) -> dict[str, Any]:
+        """Return the JSON object that the service answers; anything else is final."""
+        status, data = self.call(method, path, body, token=token, timeout_s=timeout_s)
+        excerpt = " ".join(data[:300].decode("utf-8", "replace").split())
+        if status in (401, 403):
+            raise _RefusedError("refused", f"{path} refused the credential (HTTP {status}: {excerpt})")
+        if status != 200:
+            raise _RefusedError("wrong_answer", f"{path} answered HTTP {status}: {excerpt}")
+        try:
+            document = json.loads(data)
+        except ValueError as error:
+            raise _RefusedError("wrong_answer", f"{path} did not answer JSON: {excerpt}") from error
+        if not isinstance(document, dict):
+            raise _RefusedError("wrong_answer", f"{path} did not answer a JSON object: {excerpt}")
+        return document
+
+    def stream(
+        self, path: str, body: Mapping[str, Any], *, token: str, timeout_s: float
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the events of a streamed completion."""
+        connection, response = self._open("POST", path, body, token, timeout_s)
+        try:
+            if response.status != 200:
+                excerpt = " ".join(response.read(300).decode("utf-8", "replace").split())
+                raise _RefusedError(
+                    "wrong_answer", f"{path} (streamed) answered HTTP {response.status}: {excerpt}"
+                )
+            for raw in response:
+                line = raw.decode("utf-8", "replace").strip()
+                if not line.startswith("data:"):
+                    continue
+                payload = line[len("data:") :].strip()
+                if payload == "[DONE]":
+                    return
+                try:
+                    event = json.loads(payload)
+                except ValueError as error:
+                    raise _RefusedError(
+                        "wrong_answer", f"{path} streamed what is not JSON: {payload[:200]}"
+                    ) from error
+                if isinstance(event, dict):
+                    yield event
+        finally:
+            connection.close()
+
+
+def answer_text(document: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (content, reasoning) of a chat completion; empty texts where there is none."""
+    choices = document.get("choices")
+    message = choices[0].get("message") if isinstance(choices, list) and choices else None
+    if not isinstance(message, Mapping):
+        return "", ""
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    return str(message.get("content") or ""), str(reasoning)
+
+
+def _delta_text(event: Mapping[str, Any]) -> str:
+    choices = event.get("choices")
+    delta = choices[0].get("delta") if isinstance(choices, list) and choices else None
+    if not isinstance(delta, Mapping):
+        return ""
+    return str(delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or "")
+
+
+def slot_context_tokens(settings: Mapping[str, Any]) -> Optional[int]:
+    """Return the context that llama-server gives each slot: ``n_ctx / slots`` rounded up to 256.
+
+    The rounding is llama.cpp's own (src/llama-context.cpp, GGML_PAD(n_ctx_seq, 256)).
+    """
+    n_ctx, slots = settings.get("n_ctx"), settings.get("slots")
+    if not isinstance(n_ctx, int) or not isinstance(slots, int) or slots < 1:
+        return None
+    return -(-(n_ctx // slots) // 256) * 256
+
+
+def check_props(props: Mapping[str, Any], settings: Mapping[str, Any]) -> Optional[str]:
+    """Return how llama-server's ``/props`` differ from the release's settings, or None."""
+    slots = props.get("total_slots")
+    if isinstance(settings.get("slots"), int) and slots != settings["slots"]:
+        return f"it serves {slots} slots, its settings say {settings['slots']}"
+    wanted = slot_context_tokens(settings)
+    generation = props.get("default_generation_settings")
+    n_ctx = generation.get("n_ctx") if isinstance(generation, Mapping) else None
+    if wanted is not None and n_ctx != wanted:
+        return f"its slots have a context of {n_ctx} tokens, its settings give {wanted}"
+    return None
+
+
+def read_credential(path: Optional[str]) -> str:
+    """Return the secret in the file ``path``, an empty text for None; raises FleetfitError."""
+    if not path:
+        return ""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read().strip()
+    except OSError as error:
+        raise FleetfitError(
+            f"The credential file {path} cannot be read: {error.strerror}.",
+            code="credential_unreadable",
+            remedy="Run the service's role: it installs the credential.",
+        ) from error
+
+
+class Gate:
+    """One wait for readiness; ``wait()`` returns the gate result of docs/contracts.md section 7."""
+
+    def __init__(self, spec: GateSpec, *, since: Optional[float], restarts: Optional[int] = None) -> None:
+        """Look at the journal since ``since`` (Unix seconds); ``restarts`` are those that count as none."""
+        self.spec = spec
+        self.since = since
+        self.restarts = restarts
+        self.key = ""
+        self.seen: set[str] = set()
+        self.health = "no answer yet"
+
+    def wait(self) -> dict[str, Any]:
+        """Wait until the service is ready, has failed for good, or the deadline has passed."""
+        self.key = read_credential(self.spec.credential)
+        begun = time.monotonic()
+        deadline = begun + self.spec.timeout_s
+        last_resort = begun + self.spec.longest_s
+        if self.restarts is None:
+            self.restarts = read_unit(self.spec.service).n_restarts
+        while True:
+            problem = self._process_problem()
+            if problem:
+                return self._failed(*problem)
+            if self._healthy():
+                return self._converse()
+            now = time.monotonic()
+            if self._made_progress():
+                deadline = now + self.spec.timeout_s
+            if now >= last_resort:
+                return self._failed(
+                    "loading",
+                    f"still loading after {now - begun:.0f} s, and its log still moves ({self.health})",
+                )
+            if now >= deadline:
+                return self._failed(
+                    "hung", f"nothing new in its log for {self.spec.timeout_s:.0f} s ({self.health})"
+                )
+            time.sleep(POLL_S)
+
+    def _log(self) -> list[str]:
+        return redact(read_log(self.spec.service, self.since), [self.key] if self.key else [])
+
+    def _made_progress(self) -> bool:
+        steps = {step for step in map(is_progress, self._log()) if step}
+        new = steps - self.seen
+        self.seen |= new
+        return bool(new)
+
+    def _process_problem(self) -> Optional[tuple[str, str]]:
+        """Return (state, cause) if the unit is not running or the port belongs to somebody else."""
+        unit = read_unit(self.spec.service)
+        if unit.load == "not-found":
+            return "crashed", f"there is no unit {self.spec.service}.service"
+        crashed = (
+            unit.active == "failed"
+            or unit.sub == "auto-restart"
+            or unit.n_restarts > (self.restarts or 0)
+            or (unit.active in ("inactive", "deactivating") and not unit.starting)
+        )
+        if crashed:
+            if unit.active == "inactive" and unit.result == "success" and not unit.exit_code:
+                return "crashed", "the unit is not running"
+            time.sleep(POLL_S)  # the journal gets the process's last lines a moment later
+            return classify(self._log()[-200:], unit)
+        if unit.active == "active":
+            stranger = foreign_listener(self.spec.port, unit.control_group)
+            if stranger:
+                return "port_in_use", f"port {self.spec.port} is held by {stranger}"
+        return None
+
+    def _healthy(self) -> bool:
+        path = "/ready" if self.spec.kind == "open_webui" else "/health"
+        try:
+            status, _ = Talk(self.spec, self.key).call("GET", path)
+        except (OSError, http.client.HTTPException) as error:
+            self.health = f"{path}: {type(error).__name__}"
+            return False
+        self.health = f"{path}: HTTP {status}"
+        return status == 200
+
+    def _converse(self) -> dict[str, Any]:
+        talk = Talk(self.spec, self.key)
+        try:
+            if self.spec.kind == "llama_cpp" and self.spec.settings:
+                props = talk.ask_json("GET", "/props", None, token=self.key, timeout_s=PROBE_TIMEOUT_S)
+                difference = check_props(props, self.spec.settings)
+                if difference:
+                    raise _RefusedError("wrong_settings", difference)
+            token, path = self.key, "/v1/chat/completions"
+            if self.spec.kind == "open_webui":
+                token, path = self._sign_in(talk), "/api/chat/completions"
+            answer = self._answer(talk, path, token)
+            first_token_s, tokens_per_s = self._stream(talk, path, token)
+        except _RefusedError as refusal:
+            # What looks like a wrong answer may be the last breath of a process that is dying.
+            return self._failed(*(self._late_crash() or (refusal.state, refusal.message)))
+        except socket.timeout:
+            message = f"it did not finish a short completion in {self.spec.timeout_s:.0f} s"
+            return self._failed(*(self._late_crash() or ("hung", message)))
+        except (OSError, http.client.HTTPException) as error:
+            message = f"the connection broke during the first completion ({type(error).__name__})"
+            return self._failed(*(self._late_crash() or ("wrong_answer", message)))
+        problem = self._process_problem()
+        if problem:
+            return self._failed(*problem)
+        return {
+            "ok": True,
+            "state": "ready",
+            "message": f"{self.spec.service} answered in {first_token_s:.2f} s",
+            "answer": redact([answer], [self.key] if self.key else [])[0],
+            "first_token_s": round(first_token_s, 3),
+            "tokens_per_s": round(tokens_per_s, 2) if tokens_per_s else None,
+            "measured": measured_memory(self._log()),
+            "log_tail": [],
+        }
+
+    def _late_crash(self) -> Optional[tuple[str, str]]:
+        end = time.monotonic() + CRASH_LOOK_S
+        while time.monotonic() < end:
+            problem = self._process_problem()
+            if problem:
+                return problem
+            time.sleep(POLL_S)
+        return None
+
+    def _sign_in(self, talk: Talk) -> str:
+        document = talk.ask_json(
+            "POST",
+            "/api/v1/auths/signin",
+            {"email": self.spec.admin_email, "password": self.key},
+            token="",
+            timeout_s=self.spec.timeout_s,
+        )
+        token = document.get("token")
+        if not isinstance(token, str) or not token:
+            raise _RefusedError("wrong_answer", "signing in gave no token")
+        return token
+
+    def _body(self, max_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self.spec.model,
+            "messages": [{"role": "user", "content": self.spec.question}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
+
+    def _answer(self, talk: Talk, path: str, token: str) -> str:
+        for max_tokens in (ANSWER_TOKENS, THINKING_TOKENS):
+            document = talk.ask_json(
+                "POST", path, self._body(max_tokens), token=token, timeout_s=self.spec.timeout_s
+            )
+            content, reasoning = answer_text(document)
+            if content.strip() and (not self.spec.expect or re.search(self.spec.expect, content)):
+                return content.strip()
+            if not reasoning:
+                break
+        if not (content or reasoning).strip():
+            raise _RefusedError("wrong_answer", "the completion is empty")
+        raise _RefusedError(
+            "wrong_answer", f"asked '{self.spec.question}' it said: {(content or reasoning)[:200]!r}"
+        )
+
+    def _stream(self, talk: Talk, path: str, token: str) -> tuple[float, Optional[float]]:
+        """Return the seconds to the first token and the tokens per second after it."""
+        body = {**self._body(ANSWER_TOKENS), "stream": True, "stream_options": {"include_usage": True}}
+        begun = time.monotonic()
+        first: Optional[float] = None
+        last = begun
+        pieces = 0
+        tokens: Optional[int] = None
+        reported: Optional[float] = None
+        for event in talk.stream(path, body, token=token, timeout_s=self.spec.timeout_s):
+            if _delta_text(event):
+                last = time.monotonic()
+                pieces += 1
+                first = last if first is None else first
+            usage, timings = event.get("usage"), event.get("timings")
+            if isinstance(usage, Mapping) and isinstance(usage.get("completion_tokens"), int):
+                tokens = usage["completion_tokens"]
+            if isinstance(timings, Mapping) and isinstance(timings.get("predicted_per_second"), (int, float)):
+                reported = float(timings["predicted_per_second"])
+        if first is None:
+            raise _RefusedError("wrong_answer", "the streamed completion is empty")
+        counted = (tokens or pieces) - 1
+        speed = counted / (last - first) if counted > 0 and last > first else None
+        return first - begun, reported or speed
+
+    def _failed(self, state: str, message: str) -> dict[str, Any]:
+        return {
+            "ok": False,
+            "state": state,
+            "message": redact([message], [self.key] if self.key else [])[0],
+            "answer": None,
+            "first_token_s": None,
+            "tokens_per_s": None,
+            "measured": measured_memory(self._log()),
+            "log_tail": self._log()[-LOG_TAIL_LINES:],
+        }
+
+
+def wait_ready(
+    spec: GateSpec, *, since: Optional[float] = None, restarts: Optional[int] = None
+) -> dict[str, Any]:
+    """Wait for the service and return the gate result; never raises for what the service does wrong."""
+    try:
+        return Gate(
+            spec, since=since if since is not None else last_start(spec.service), restarts=restarts
+        ).wait()
+    except FleetfitError as error:
+        return {
+            "ok": False,
+            "state": "refused",
+            "message": str(error),
+            "answer": None,
+            "first_token_s": None,
+            "tokens_per_s": None,
+            "measured": {},
+            "log_tail": [],
+        }
+
+
+def gate_of_release(paths: HostPaths, service: str, digest: str) -> GateSpec:
+    """Return the gate that a release was written with."""
+    return parse_gate(
+        service, read_release(paths, service, digest)["gate"], read_settings(paths, service, digest)
+    )
+
+
+def main(argv: Sequence[str], write: Optional[Callable[[str], Any]] = None) -> int:
+    """Run ``ready``: ask a service now and print the gate result; exit code 0 ready, 1 not, 2 cannot ask."""
+    parser = argparse.ArgumentParser(
+        prog="fleetfit-host.pyz ready", description="Ask a service whether it serves."
+    )
+    parser.add_argument("--service", required=True, help="the unit's name without .service")
+    parser.add_argument("--timeout-s", type=float, help="wait at most this long without progress")
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    options = parser.parse_args(list(argv))
+    paths = HostPaths()
+    digest = current_digest(paths, check_service_name(options.service))
+    if digest is None:
+        raise FleetfitError(
+            f"{options.service} has no current release.",
+            code="no_release",
+            remedy="Run the service's role.",
+        )
+    gate = dict(read_release(paths, options.service, digest)["gate"])
+    if options.timeout_s:
+        gate.update(timeout_s=options.timeout_s, max_timeout_s=None)
+    spec = parse_gate(options.service, gate, read_settings(paths, options.service, digest))
+    result = {**wait_ready(spec), "release": digest}
+    text = json.dumps(result, sort_keys=True) if options.json else f"{result['state']}: {result['message']}"
+    (write or sys.stdout.write)(text + "\n")
+    return 0 if result["ok"] else 1

@@ -1,0 +1,737 @@
+"""The switch of a service from one release to another: one journalled transaction on the host.
+
+The transaction runs in a transient unit and needs no controller. Each step is in the journal, on disk, before
+it is done; whatever cuts it short - a kill, a reboot, power loss - its restart, the boot unit or the next
+call finds the journal and either goes back to the old release or, once the gate has passed, completes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Callable, Optional
+
+from . import backup as backups
+from .errors import FleetfitError
+from .gate import parse_gate, read_unit, wait_ready
+from .manifest import HostPaths, check_service_name, write_atomic
+from .release import (
+    collect_garbage,
+    current_digest,
+    fill_placeholders,
+    garbage,
+    point_current,
+    read_release,
+    read_settings,
+    release_path,
+)
+from .units import MIB
+
+SCHEMA_VERSION = 1
+HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
+RECOVER_UNIT = "fleetfit-recover.service"
+
+# committed: the wanted release serves. refused: the check before it failed, nothing was touched.
+# reverted: the old release serves again (or, at a first install, nothing does, as before).
+# failed: the gate failed and there was nothing to go back to that serves.
+FINAL_STATES = ("committed", "refused", "reverted", "failed")
+FORWARD_STEPS = ("precheck", "stop", "backup", "flip", "start", "gate", "record")
+REVERT_STEPS = ("revert_stop", "revert_flip", "revert_backup", "revert_start", "revert_gate")
+PRECHECK_TIMEOUT_S = 600
+# Longer than any unit's TimeoutStopSec that our roles set; systemd kills the engine at that.
+STOP_TIMEOUT_S = 300
+# The transient unit is started again this often after it was killed, then the boot unit or the next call
+# helps.
+MAX_RESTARTS = 5
+_STEP_ERRORS = (FleetfitError, OSError, subprocess.SubprocessError)
+WAIT_POLL_S = 0.3
+# How long a transaction may be without a process before it counts as dead (systemd restarts it after 1 s).
+DEAD_AFTER_S = 6.0
+
+# The boot unit, which the role host_baseline installs and enables. Engine units have
+# "Wants=fleetfit-recover.service" and "After=fleetfit-recover.service", so that `current` is right before
+# they start; the gate of what it brought back runs afterwards, in the transient unit.
+RECOVER_UNIT_TEXT = f"""\
+[Unit]
+Description=Take back a release switch that was cut short
+Documentation=file:///opt/fleetfit/libexec/current
+After=local-fs.target
+RequiresMountsFor=/opt/fleetfit /var/lib/fleetfit
+ConditionDirectoryNotEmpty=/var/lib/fleetfit/switch
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 -I {HELPER} recover
+TimeoutStartSec=120
+UMask=0077
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def transaction_unit(service: str) -> str:
+    """Return the name of the transient unit that switches ``service``."""
+    return f"fleetfit-switch-{service}.service"
+
+
+def journal_path(paths: HostPaths, service: str) -> str:
+    """Return the path of the journal of the service's last transaction."""
+    return os.path.join(paths.switch(), f"{service}.json")
+
+
+def good_path(paths: HostPaths, service: str) -> str:
+    """Return the path of the root-only record of good starts."""
+    return os.path.join(paths.switch(), f"{service}.good")
+
+
+def _read_json(path: str) -> Optional[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            document = json.load(stream)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise FleetfitError(
+            f"{path} is not JSON ({error}).",
+            code="journal_unreadable",
+            remedy="Move it away; then run the role again.",
+        ) from error
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        raise FleetfitError(
+            f"{path} has schema version {version!r}; this fleetfit knows {SCHEMA_VERSION}.",
+            code="journal_unreadable",
+            remedy="Use the fleetfit that wrote it, or a newer one.",
+        )
+    return document
+
+
+def _write_json(path: str, document: Mapping[str, Any]) -> None:
+    write_atomic(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode(), 0o600)
+
+
+def read_journal(paths: HostPaths, service: str) -> Optional[dict[str, Any]]:
+    """Return the journal of the service's last transaction, or None if there never was one."""
+    return _read_json(journal_path(paths, service))
+
+
+def read_good(paths: HostPaths, service: str) -> dict[str, Any]:
+    """Return the record of good starts: ``digest``, ``restart_on``, ``history`` (newest first), ``gate``."""
+    return _read_json(good_path(paths, service)) or {
+        "schema_version": SCHEMA_VERSION,
+        "digest": None,
+        "restart_on": {},
+        "history": [],
+        "gate": None,
+    }
+
+
+def is_running(journal: Optional[Mapping[str, Any]]) -> bool:
+    """Return whether the journal says that a transaction has not ended."""
+    return journal is not None and journal["state"] not in FINAL_STATES
+
+
+def hash_files(paths: HostPaths, files: Sequence[str]) -> dict[str, Optional[str]]:
+    """Return path → sha256 of each file's content, None for one that is not there."""
+    hashes: dict[str, Optional[str]] = {}
+    for path in files:
+        try:
+            with open(paths.at(path), "rb") as stream:
+                hashes[path] = hashlib.sha256(stream.read()).hexdigest()
+        except FileNotFoundError:
+            hashes[path] = None
+    return hashes
+
+
+@contextlib.contextmanager
+def switch_lock(paths: HostPaths, service: str, *, wait_s: float = 0.0) -> Iterator[bool]:
+    """Hold the service's switch lock; yields False where somebody else has it after ``wait_s`` seconds."""
+    os.makedirs(paths.switch(), mode=0o700, exist_ok=True)
+    descriptor = os.open(os.path.join(paths.switch(), f".{service}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        end = time.monotonic() + wait_s
+        held = False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    break
+                time.sleep(0.1)
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def new_journal(
+    paths: HostPaths, service: str, digest: str, *, kind: str, keep: int, previous: Optional[str]
+) -> dict[str, Any]:
+    """Return the journal of a transaction that has not begun: what it needs to end without the controller."""
+    wanted = read_release(paths, service, digest)
+    parse_gate(service, wanted["gate"], read_settings(paths, service, digest))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "id": uuid.uuid4().hex,
+        "service": service,
+        "kind": kind,
+        "from": previous,
+        "to": digest,
+        "keep": keep,
+        "was_active": read_unit(service).active == "active",
+        "state": "running",
+        "step": "requested",
+        "steps": [],
+        "cause": None,
+        "gate": None,
+        "revert_gate": None,
+        "precheck": None,
+        "backup": None,
+        "taken_back": False,
+        "started_at": None,
+        "hashes": {},
+        "faults": [],
+        "requested_at": time.time(),
+        "ended_at": None,
+    }
+
+
+def decide_recovery(journal: Mapping[str, Any]) -> str:
+    """Return what to do with a transaction that was cut short.
+
+    ``nothing`` it had ended; ``run`` it had not begun; ``refuse`` the old engine was not touched yet;
+    ``again`` a restart of the same release, which has no other to go back to; ``complete`` the gate had
+    passed; ``revert``.
+    """
+    if journal["state"] in FINAL_STATES:
+        return "nothing"
+    step = journal["step"]
+    if step == "requested":
+        return "run"
+    if step == "precheck":
+        return "refuse"
+    gate = journal["gate"]
+    if step in ("gate", "record") and gate and gate["ok"]:
+        return "complete"
+    if journal["kind"] == "restart":
+        return "again"
+    return "revert"
+
+
+def parse_fit_params(text: str) -> dict[str, int]:
+    """Return line name → bytes (model + context + compute) from ``llama-fit-params --fit-print on``.
+
+    Its lines are ``<device> <model> <context> <compute>`` in whole MiB (llama.cpp, common/fit.cpp).
+    """
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 4 and all(word.isdigit() for word in words[-3:]):
+            found[" ".join(words[:-3])] = sum(int(word) for word in words[-3:]) * MIB
+    return found
+
+
+def compare_fit(reported: Mapping[str, int], limits: Mapping[str, Any]) -> Optional[str]:
+    """Return the sentence with both numbers where the engine's own accounting exceeds a limit, or None."""
+    for name in sorted(limits):
+        limit = int(limits[name])
+        if name not in reported:
+            if limit > 0:
+                return f"the engine reported no memory for {name}, the plan puts {limit // MIB} MiB there"
+            continue
+        if reported[name] > limit:
+            return (
+                f"the engine itself needs {reported[name] // MIB} MiB on {name}, "
+                f"the plan allows {limit // MIB} MiB"
+            )
+    return None
+
+
+def _as_service_user(service: str) -> dict[str, Any]:
+    """Return subprocess arguments that drop root to the unit's own user, who has all that a check needs."""
+    done = subprocess.run(
+        ["systemctl", "show", f"{service}.service", "--property=User"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    name = done.stdout.strip().partition("=")[2]
+    if not name or name == "root" or os.geteuid() != 0:
+        return {}
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        return {}
+    return {
+        "user": entry.pw_uid,
+        "group": entry.pw_gid,
+        "extra_groups": os.getgrouplist(name, entry.pw_gid),
+    }
+
+
+def run_precheck(
+    service: str, precheck: Mapping[str, Any], release: str, environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """Run the engine's own accounting of ``precheck`` and compare it with the plan's limits.
+
+    Returns ``{"ok", "message", "reported", "limits"}`` (bytes). Raises FleetfitError for an unknown kind.
+    """
+    if precheck.get("kind") != "llama_fit_params":
+        raise FleetfitError(
+            f"The precheck kind {precheck.get('kind')!r} is not known.",
+            code="bad_precheck",
+            remedy="Use llama_fit_params.",
+        )
+    limits = dict(precheck.get("limits") or {})
+    argv = [fill_placeholders(argument, release) for argument in precheck["argv"]]
+    failed = {"ok": False, "reported": {}, "limits": limits}
+    try:
+        done = subprocess.run(
+            argv,
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PRECHECK_TIMEOUT_S,
+            cwd="/",
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8", **environ},
+            **_as_service_user(service),
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {**failed, "message": f"{argv[0]} could not be run: {error}"}
+    reported = parse_fit_params(done.stdout)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        return {**failed, "message": f"{argv[0]} ended with {done.returncode}: {last}"}
+    if not reported:
+        return {**failed, "message": f"{argv[0]} printed no memory figures"}
+    difference = compare_fit(reported, limits)
+    return {
+        "ok": difference is None,
+        "message": difference or "within the plan",
+        "reported": reported,
+        "limits": limits,
+    }
+
+
+def _systemctl(*arguments: str, timeout_s: float = 60.0) -> None:
+    done = subprocess.run(
+        ["systemctl", *arguments], check=False, capture_output=True, text=True, timeout=timeout_s
+    )
+    if done.returncode != 0:
+        raise FleetfitError(
+            f"systemctl {' '.join(arguments)} failed: {done.stderr.strip() or done.returncode}",
+            code="systemctl_failed",
+            remedy="Look at the unit with systemctl status.",
+        )
+
+
+def needs_daemon_reload(service: str) -> bool:
+    """Return whether the unit file on disk is newer than what systemd has loaded."""
+    done = subprocess.run(
+        ["systemctl", "show", f"{service}.service", "--property=NeedDaemonReload"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return done.stdout.strip() == "NeedDaemonReload=yes"
+
+
+class Transaction:
+    """One transaction over its journal; the caller holds the service's switch lock."""
+
+    def __init__(self, paths: HostPaths, journal: dict[str, Any]) -> None:
+        """Work on ``journal``, which is written at every step."""
+        self.paths = paths
+        self.journal = journal
+        self.service: str = journal["service"]
+
+    def save(self) -> None:
+        """Put the journal on disk."""
+        _write_json(journal_path(self.paths, self.service), self.journal)
+
+    def _fault(self, moment: str) -> None:
+        """Die here if FLEETFIT_FAULT of a test says so: before:<step> or after:<step>, once a transaction."""
+        if os.environ.get("FLEETFIT_FAULT") == moment and moment not in self.journal["faults"]:
+            self.journal["faults"].append(moment)
+            self.save()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _do(self, step: str, action: Callable[[], Optional[dict[str, Any]]]) -> None:
+        """Journal ``step``, do it, and journal what it found (merged into the journal)."""
+        self.journal["step"] = step
+        self.journal["steps"].append({"step": step, "at": time.time(), "done": False})
+        self.save()
+        self._fault(f"before:{step}")
+        found = action()
+        self.journal.update(found or {})
+        self.journal["steps"][-1]["done"] = True
+        self.save()
+        self._fault(f"after:{step}")
+
+    def _end(self, state: str, cause: Optional[Mapping[str, Any]] = None) -> None:
+        if cause is not None:
+            self.journal["cause"] = dict(cause)
+        self.journal["state"] = state
+        self.journal["ended_at"] = time.time()
+        self.save()
+
+    def go(self) -> str:
+        """Run, or recover, until the transaction has ended; return its final state."""
+        decision = decide_recovery(self.journal)
+        if decision == "run":
+            self._forward()
+        elif decision == "refuse":
+            self._end(
+                "refused", {"step": "precheck", "state": "interrupted", "message": "it was interrupted"}
+            )
+        elif decision == "complete":
+            self._record()
+        elif decision == "again":
+            self._restart()
+        elif decision == "revert":
+            self._note_interruption()
+            self._revert()
+        return str(self.journal["state"])
+
+    def rewind(self) -> bool:
+        """Do only what must precede the start of services at boot; return whether go() has work left."""
+        decision = decide_recovery(self.journal)
+        if decision == "revert" and not self.journal["taken_back"]:
+            self._note_interruption()
+            self._take_back()
+        return decision != "nothing"
+
+    def _note_interruption(self) -> None:
+        if self.journal["cause"] is None:
+            step = self.journal["step"]
+            message = f"it was interrupted at the step '{step}'"
+            self.journal["cause"] = {"step": step, "state": "interrupted", "message": message}
+
+    def _forward(self) -> None:
+        if self.journal["kind"] == "restart":
+            self._restart()
+            return
+        release = read_release(self.paths, self.service, self.journal["to"])
+        if release.get("precheck"):
+            where = release_path(self.service, self.journal["to"])
+            environ = {name: fill_placeholders(value, where) for name, value in release["environ"].items()}
+            self._do(
+                "precheck",
+                lambda: {"precheck": run_precheck(self.service, release["precheck"], where, environ)},
+            )
+            precheck = self.journal["precheck"]
+            if not precheck["ok"]:
+                self._end(
+                    "refused", {"step": "precheck", "state": "precheck", "message": precheck["message"]}
+                )
+                return
+        try:
+            self._do("stop", self._stop)
+            if release.get("backup") and self.journal["from"]:
+                self._do("backup", lambda: {"backup": self._back_up(release["backup"])})
+            self._do("flip", lambda: self._flip(self.journal["to"]))
+            self._do("start", self._start)
+        except _STEP_ERRORS as error:
+            self.journal["cause"] = {"step": self.journal["step"], "state": "crashed", "message": str(error)}
+            self._revert()
+            return
+        self._do("gate", lambda: {"gate": self._gate(self.journal["to"])})
+        gate = self.journal["gate"]
+        if gate["ok"]:
+            self._record()
+        else:
+            self.journal["cause"] = {"step": "gate", "state": gate["state"], "message": gate["message"]}
+            self._revert()
+
+    def _restart(self) -> None:
+        """Restart the same release; where its gate fails there is no other release to go back to."""
+        try:
+            self._do("stop", self._stop)
+            self._do("start", self._start)
+        except _STEP_ERRORS as error:
+            self._end("failed", {"step": self.journal["step"], "state": "crashed", "message": str(error)})
+            return
+        self._do("gate", lambda: {"gate": self._gate(self.journal["to"])})
+        gate = self.journal["gate"]
+        if gate["ok"]:
+            self._record()
+        else:
+            self._end("failed", {"step": "gate", "state": gate["state"], "message": gate["message"]})
+
+    def _back_up(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        return backups.back_up(self.paths, self.service, spec, self.journal["from"], self.journal["id"])
+
+    def _stop(self) -> None:
+        if read_unit(self.service).active not in ("inactive", "failed"):
+            _systemctl("stop", f"{self.service}.service", timeout_s=STOP_TIMEOUT_S)
+
+    def _flip(self, digest: Optional[str]) -> None:
+        point_current(self.paths, self.service, digest)
+
+    def _start(self) -> dict[str, Any]:
+        # Always: a drop-in may be a link into the release, and systemd misses one that became older (a
+        # revert).
+        _systemctl("daemon-reload")
+        subprocess.run(
+            ["systemctl", "reset-failed", f"{self.service}.service"],
+            check=False,
+            capture_output=True,
+            timeout=60,
+        )
+        release = read_release(self.paths, self.service, self._starting())
+        hashes = hash_files(self.paths, release["restart_on"])
+        started_at = time.time()
+        _systemctl("start", "--no-block", f"{self.service}.service")
+        return {"hashes": hashes, "started_at": started_at}
+
+    def _starting(self) -> str:
+        return str(current_digest(self.paths, self.service))
+
+    def _gate(self, digest: str) -> dict[str, Any]:
+        release = read_release(self.paths, self.service, digest)
+        spec = parse_gate(self.service, release["gate"], read_settings(self.paths, self.service, digest))
+        return wait_ready(spec, since=self.journal["started_at"], restarts=0)
+
+    def _record(self) -> None:
+        self._do("record", self._remember)
+        self._end("committed")
+
+    def _remember(self) -> None:
+        good = read_good(self.paths, self.service)
+        digest = self.journal["to"]
+        history = [digest, *[old for old in good["history"] if old != digest]]
+        _write_json(
+            good_path(self.paths, self.service),
+            {
+                "schema_version": SCHEMA_VERSION,
+                "digest": digest,
+                "restart_on": self.journal["hashes"],
+                "history": history[:50],
+                "gate": self.journal["gate"],
+                "recorded_at": time.time(),
+            },
+        )
+
+    def _take_back(self) -> None:
+        """Stop the new release and point ``current`` to the old one; each part may be done twice."""
+        self._do("revert_stop", self._stop)
+        self._do("revert_flip", lambda: self._flip(self.journal["from"]))
+        if self.journal["backup"]:
+            self._do("revert_backup", self._restore)
+        self.journal["taken_back"] = True
+        self.save()
+
+    def _restore(self) -> None:
+        backups.restore(self.paths, self.journal["backup"])
+
+    def _revert(self) -> None:
+        if not self.journal["taken_back"]:
+            self._take_back()
+        previous = self.journal["from"]
+        if previous is None:
+            self._end("reverted")
+            return
+        try:
+            self._do("revert_start", self._start)
+        except _STEP_ERRORS as error:
+            self.journal["revert_gate"] = {"ok": False, "state": "crashed", "message": str(error)}
+            self._end("failed")
+            return
+        self._do("revert_gate", lambda: {"revert_gate": self._gate(previous)})
+        self._end("reverted" if self.journal["revert_gate"]["ok"] else "failed")
+
+
+def request(
+    paths: HostPaths, service: str, digest: str, *, kind: str = "switch", keep: int = 2
+) -> dict[str, Any]:
+    """Write the journal of a new transaction and return it, or that of one that is under way already."""
+    with switch_lock(paths, service) as held:
+        journal = read_journal(paths, service)
+        if not held or is_running(journal):
+            if journal is None:
+                raise FleetfitError(
+                    f"Another switch of {service} is being prepared.",
+                    code="switch_busy",
+                    remedy="Run the role again in a moment.",
+                )
+            return journal
+        previous = digest if kind == "restart" else current_digest(paths, service)
+        journal = new_journal(paths, service, digest, kind=kind, keep=keep, previous=previous)
+        _write_json(journal_path(paths, service), journal)
+        return journal
+
+
+def launch(service: str, *, helper: str = HELPER, python: str = sys.executable) -> None:
+    """Start the transient unit that runs, or recovers, the transaction; one that runs is left alone."""
+    unit = transaction_unit(service)
+    subprocess.run(["systemctl", "reset-failed", unit], check=False, capture_output=True, timeout=60)
+    command = [
+        "systemd-run",
+        "--no-block",
+        "--quiet",
+        "--collect",
+        f"--unit={unit}",
+        f"--description=Switch {service} to another release",
+        "--property=Restart=on-failure",
+        "--property=RestartSec=1",
+        "--property=StartLimitIntervalSec=600",
+        f"--property=StartLimitBurst={MAX_RESTARTS}",
+        "--property=UMask=0077",
+        "--property=OOMScoreAdjust=-900",
+        "--",
+        python,
+        "-I",
+        helper,
+        "switch",
+        f"--service={service}",
+    ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    if done.returncode != 0 and read_unit(unit[: -len(".service")]).active not in ("active", "activating"):
+        raise FleetfitError(
+            f"The switch of {service} could not be started: {done.stderr.strip()}",
+            code="switch_not_started",
+            remedy="Look at the host with systemctl status.",
+        )
+
+
+def wait_end(
+    paths: HostPaths,
+    service: str,
+    *,
+    helper: str = HELPER,
+    python: str = sys.executable,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """Wait until the service's transaction has ended and return its journal.
+
+    One whose process is gone is started again, at most MAX_RESTARTS times; then FleetfitError.
+    """
+    launches = 0
+    last_alive = time.monotonic()
+    while True:
+        journal = read_journal(paths, service)
+        if journal is None or not is_running(journal):
+            return journal or {}
+        unit = read_unit(transaction_unit(service)[: -len(".service")])
+        if unit.active in ("active", "activating"):
+            last_alive = time.monotonic()
+        elif time.monotonic() - last_alive > DEAD_AFTER_S:
+            with switch_lock(paths, service) as free:
+                pass
+            if free:
+                launches += 1
+                if launches > MAX_RESTARTS:
+                    raise FleetfitError(
+                        f"The switch of {service} stopped at the step '{journal['step']}' and cannot go on.",
+                        code="switch_stuck",
+                        remedy=f"Look at journalctl -u {transaction_unit(service)} on the host.",
+                    )
+                launch(service, helper=helper, python=python)
+            last_alive = time.monotonic()
+        sleep(WAIT_POLL_S)
+
+
+def kept_releases(paths: HostPaths, service: str, keep: int) -> list[str]:
+    """Return the digests that stay: what ``current`` points to and the last good ones, ``keep`` in all."""
+    present = [
+        digest
+        for digest in read_good(paths, service)["history"]
+        if os.path.isdir(os.path.join(paths.releases(service), digest))
+    ]
+    current = current_digest(paths, service)
+    kept = ([current] if current else []) + [digest for digest in present if digest != current]
+    return kept[: max(keep, 1)]
+
+
+def clean(paths: HostPaths, service: str, keep: int, *, check_mode: bool = False) -> list[str]:
+    """Delete what the last ``keep`` releases do not need, and return it; nothing during a switch."""
+    with switch_lock(paths, service) as held:
+        if not held or is_running(read_journal(paths, service)) or current_digest(paths, service) is None:
+            return []
+        kept = kept_releases(paths, service, keep)
+        return garbage(paths, service, kept) if check_mode else collect_garbage(paths, service, kept)
+
+
+def why_restart(paths: HostPaths, service: str, digest: str, restart_on: Sequence[str]) -> Optional[str]:
+    """Return why the release that is current must be started again, or None."""
+    good = read_good(paths, service)
+    if good["digest"] != digest:
+        return "its last start was not seen to succeed"
+    hashes = hash_files(paths, restart_on)
+    for path in sorted(hashes):
+        if good["restart_on"].get(path, "") != hashes[path]:
+            return f"{path} changed"
+    if needs_daemon_reload(service):
+        return "its unit file changed"
+    active = read_unit(service).active
+    return None if active == "active" else f"it is {active}"
+
+
+def main_switch(argv: Sequence[str]) -> int:
+    """Run ``switch --service NAME``: the transaction in the journal; exit code 0 once it has ended."""
+    parser = argparse.ArgumentParser(prog="fleetfit-host.pyz switch")
+    parser.add_argument("--service", required=True)
+    service = check_service_name(parser.parse_args(list(argv)).service)
+    paths = HostPaths()
+    with switch_lock(paths, service, wait_s=2.0) as held:
+        if not held:
+            sys.stdout.write(f"another process is switching {service}\n")
+            return 0
+        journal = read_journal(paths, service)
+        if journal is None or not is_running(journal):
+            sys.stdout.write(f"there is no switch of {service} under way\n")
+            return 0
+        state = Transaction(paths, journal).go()
+    cause = journal["cause"]
+    sys.stdout.write(f"{service}: {state}" + (f": {cause['message']}" if cause else "") + "\n")
+    return 0
+
+
+def main_recover(argv: Sequence[str]) -> int:
+    """Run ``recover [--wait]``: take back what was cut short, then let the transient unit gate it.
+
+    Exit code 0 also where there is nothing to do; 1 where a journal could not be handled.
+    """
+    parser = argparse.ArgumentParser(prog="fleetfit-host.pyz recover")
+    parser.add_argument("--wait", action="store_true", help="do all of it here")
+    options = parser.parse_args(list(argv))
+    paths = HostPaths()
+    code = 0
+    directory = paths.switch()
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    for name in names:
+        if name.startswith(".") or not name.endswith(".json"):
+            continue
+        service = name[: -len(".json")]
+        try:
+            with switch_lock(paths, service) as held:
+                journal = read_journal(paths, service)
+                if not held or journal is None:
+                    continue
+                transaction = Transaction(paths, journal)
+                if options.wait:
+                    transaction.go()
+                    continue
+                left = transaction.rewind()
+            if left:
+                launch(service, helper=sys.argv[0])
+        except (FleetfitError, OSError, subprocess.SubprocessError) as error:
+            sys.stderr.write(f"{service}: {error}\n")
+            code = 1
+    return code
