@@ -1,0 +1,137 @@
+"""Where a plan's model files come from and go to, and which models on a host nothing refers to any more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import FleetfitError
+from .manifest import safe_to_delete
+
+MODELS = "/var/lib/fleetfit/models"
+RELEASES = "/opt/fleetfit"
+
+
+def variant_directory(model: str, variant: str) -> str:
+    """Return the directory of one variant of a model on every host."""
+    return f"{MODELS}/{model}/{variant}"
+
+
+def check_pinned(deployment: Mapping[str, Any]) -> None:
+    """Raise FleetfitError unless every file has a size and a sha256, and the repository a commit."""
+    unpinned = [
+        file["name"] for file in deployment["files"] if not file.get("sha256") or not file.get("size")
+    ]
+    if not deployment["files"] or unpinned or not deployment.get("revision"):
+        what = (
+            ", ".join(unpinned)
+            if unpinned
+            else "its revision"
+            if deployment["files"]
+            else "its list of files"
+        )
+        raise FleetfitError(
+            f"The model {deployment['model']} ({deployment['variant']}) is not pinned: {what}"
+            " has no checksum in the catalog.",
+            code="model_not_pinned",
+            remedy=f"Run `fleetfit catalog pin {deployment['model']}` once and commit what it writes.",
+        )
+
+
+def model_artifacts(
+    deployment: Mapping[str, Any], *, sources: Sequence[Mapping[str, Any]], hub: bool, endpoint: str
+) -> list[dict[str, Any]]:
+    """Return the artifacts (contracts.md §6) of a plan's deployment.
+
+    ``sources`` are bases tried before the hub, each with ``type`` file (``path``, ``on`` controller or host)
+    or http (``url``); below a base a file is found as ``<model>/<variant>/<name>``. Raises FleetfitError for a
+    model that is not pinned, and where there is no source at all.
+    """
+    check_pinned(deployment)
+    if not sources and not hub:
+        raise FleetfitError(
+            f"There is no source for the model {deployment['model']}.",
+            code="no_source",
+            remedy="Set model_store_sources, or model_store_hub to true.",
+        )
+    directory = variant_directory(deployment["model"], deployment["variant"])
+    artifacts = []
+    for file in deployment["files"]:
+        below = f"{deployment['model']}/{deployment['variant']}/{file['name']}"
+        places: list[dict[str, Any]] = []
+        for source in sources:
+            if source["type"] == "http":
+                places.append({"type": "http", "url": f"{source['url'].rstrip('/')}/{below}"})
+            else:
+                path = f"{source['path'].rstrip('/')}/{below}"
+                places.append({"type": "file", "path": path, "on": source["on"]})
+        if hub:
+            places.append(
+                {
+                    "type": "hub",
+                    "repository": deployment["repository"],
+                    "revision": deployment["revision"],
+                    "filename": file["name"],
+                    "endpoint": endpoint,
+                }
+            )
+        artifacts.append(
+            {
+                "name": file["name"],
+                "size": file["size"],
+                "sha256": file["sha256"],
+                "dest": f"{directory}/{file['name']}",
+                "owner": "root",
+                "group": "fleetfit-models",
+                "mode": "0640",
+                "sources": places,
+            }
+        )
+    return artifacts
+
+
+def _directories(path: str) -> list[str]:
+    try:
+        return sorted(entry.path for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
+
+
+def referenced_directories(root: str = "/") -> set[str]:
+    """Return the model directories that the links of any release on this host point to, as host paths."""
+    referenced = set()
+    for service in _directories(os.path.join(root, RELEASES.lstrip("/"))):
+        for release in _directories(os.path.join(service, "releases")):
+            for entry in os.scandir(release):
+                if entry.is_symlink():
+                    referenced.add(os.path.normpath(os.readlink(entry.path)))
+    return referenced
+
+
+def unreferenced_variants(keep: Sequence[str], root: str = "/") -> list[str]:
+    """Return the variant directories (host paths) that neither a release nor ``keep`` (host paths) names."""
+    kept = referenced_directories(root) | {os.path.normpath(path) for path in keep}
+    found = []
+    for model in _directories(os.path.join(root, MODELS.lstrip("/"))):
+        for variant in _directories(model):
+            path = "/" + os.path.relpath(variant, root)
+            if path not in kept:
+                found.append(path)
+    return found
+
+
+def remove_variants(paths: Sequence[str], root: str = "/") -> None:
+    """Delete variant directories, and a model's directory that has become empty; refuse any other path."""
+    for path in paths:
+        real = os.path.join(root, path.lstrip("/"))
+        if os.path.dirname(os.path.dirname(path)) != MODELS or not safe_to_delete(path, root=root):
+            raise FleetfitError(
+                f"{path} is not a model below {MODELS} and is not deleted.",
+                code="unsafe_path",
+                remedy="Report this: a role must not ask for it.",
+            )
+        shutil.rmtree(real)
+        if not os.listdir(os.path.dirname(real)):
+            os.rmdir(os.path.dirname(real))

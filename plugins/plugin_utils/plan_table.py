@@ -1,0 +1,82 @@
+"""The plan of many hosts as a table that people read in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..module_utils.units import GIB
+
+COLUMNS = ("host", "GPUs", "engine", "variant", "context", "memory", "tokens/s", "")
+NO_PLAN = "no plan: see the failure above"
+
+
+def _gpus(facts: Mapping[str, Any]) -> str:
+    names: dict[str, int] = {}
+    for accelerator in facts["stable"]["accelerators"]:
+        names[accelerator["name"]] = names.get(accelerator["name"], 0) + 1
+    return ", ".join(f"{count}x {name}" if count > 1 else name for name, count in names.items()) or "none"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f}"
+
+
+def host_row(host: str, facts: Mapping[str, Any] | None, plan: Mapping[str, Any] | None) -> list[str]:
+    """Return one host's cells; ``facts`` and ``plan`` are None where the host gave none."""
+    if not facts or not plan or not plan["deployments"]:
+        return [host, _gpus(facts) if facts else "?", "", "", "", "", "", NO_PLAN]
+    chosen = plan["deployments"][0]
+    memory = chosen["memory_bytes"]
+    notes = ["kept" if plan.get("sticky") else "", "simulated GPU" if chosen.get("cpu_mapping") else ""]
+    return [
+        host,
+        _gpus(facts),
+        chosen["engine"],
+        chosen["variant"],
+        f"{chosen['slots']}x {chosen['context_tokens']}",
+        f"{_gib(memory['total'])} of {_gib(memory['budget'])} GiB",
+        f"{chosen['expected_tokens_per_s']:.0f}" if chosen.get("expected_tokens_per_s") else "-",
+        ", ".join(note for note in notes if note),
+    ]
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return ``rows`` in columns, the first row as the head, without trailing blanks."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    rule = "  ".join("-" * width for width in widths if width)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _candidate_line(candidate: Mapping[str, Any]) -> str:
+    rejected = candidate.get("rejected")
+    verdict = f"no: {rejected['reason']}" if rejected else "fits"
+    return f"    {candidate['engine']} {candidate['variant']}: {verdict}"
+
+
+def plan_text(
+    hosts: Mapping[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]], *, candidates: bool
+) -> str:
+    """Return the table of ``hosts`` (name to facts and plan), then why, and what is wrong with each host."""
+    rows = [list(COLUMNS)] + [host_row(host, *pair) for host, pair in hosts.items()]
+    lines = [format_table(rows)]
+    for host, (facts, plan) in hosts.items():
+        if plan and plan.get("reason"):
+            lines.append(f"{host}: {plan['reason']}")
+        if plan and plan.get("available"):
+            available = plan["available"]
+            what = (
+                available.get("reason") or available.get("variant")
+                if isinstance(available, Mapping)
+                else available
+            )
+            lines.append(f"{host}: better is available: {what} (take it with -e fleetfit_replan=true)")
+        if candidates and plan:
+            lines += [_candidate_line(candidate) for candidate in plan["candidates"]]
+        for problem in (facts or {}).get("problems", []):
+            text = f"{problem['message']} {problem.get('remedy') or ''}".rstrip()
+            lines.append(f"{host}: problem {problem['code']}: {text}")
+    return "\n".join(lines)
