@@ -1,0 +1,52 @@
+"""What the action plugins of gpu_facts and host_state share: they hand the NVML client to the host."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import importlib.util
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+
+
+@functools.cache
+def packed_pynvml() -> str:
+    """Return the controller's pinned pynvml.py, compressed, in base64; raises FleetfitError without one."""
+    spec = importlib.util.find_spec("pynvml")
+    if spec is None or not spec.origin:
+        raise FleetfitError(
+            "The controller has no pynvml (package nvidia-ml-py), which probes the hosts' GPUs.",
+            code="pynvml_missing",
+            remedy="Install requirements/controller.txt into the Python that runs Ansible.",
+        )
+    return base64.b64encode(zlib.compress(Path(spec.origin).read_bytes(), 9)).decode("ascii")
+
+
+class ProbeAction(ActionBase):
+    """Run a probing module with the client in its arguments: the host needs nothing and keeps nothing."""
+
+    TRANSFERS_FILES = False
+    MODULE_NAME = ""
+    TELLS_TIME = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Run the module on the host; an error of ours fails the task with code and remedy."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        try:
+            arguments = {**self._task.args, "pynvml_archive": packed_pynvml()}
+        except FleetfitError as error:
+            return {**result, "failed": True, "msg": str(error), "code": error.code, "remedy": error.remedy}
+        if self.TELLS_TIME:
+            arguments["reference_time_s"] = time.time()
+        answer = self._execute_module(
+            module_name=self.MODULE_NAME, module_args=arguments, task_vars=task_vars
+        )
+        # What the task was asked is shown as the user wrote it, without the archive.
+        if "invocation" in answer:
+            answer["invocation"] = {"module_args": dict(self._task.args)}
+        return {**result, **answer}
