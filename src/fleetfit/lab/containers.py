@@ -16,7 +16,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.errors import Fleetfi
 from .console import note, step
 from .gpu import apply_gpu, gpu_files
 from .images import ensure_image
-from .machine import Machine, container_options, podman, ready_machine
+from .machine import Machine, container_options, init_command, podman, ready_machine
 from .paths import LabPaths, lab_paths, locked
 from .process import output, run
 from .ssh import config_path, host_key, user_key, wait_for_host, write_config
@@ -219,7 +219,7 @@ def create_host(
     for attempt in range(PORT_ATTEMPTS):
         port = choose_port(paths, f"ssh {name}", taken)
         create = ["create", f"--name={container}", f"--label=fleetfit.spec={spec}"]
-        create += [f"--publish=127.0.0.1:{port}:22", *options, reference, "/sbin/init"]
+        create += [f"--publish=127.0.0.1:{port}:22", *options, reference, *init_command()]
         container_id = output(podman(machine, *create), what=f"create the container of {name}")
         run(podman(machine, "cp", "-", f"{container}:/"), what=f"put the host's keys into {name}", stdin=seed)
         last = attempt == PORT_ATTEMPTS - 1

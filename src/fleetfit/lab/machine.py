@@ -120,6 +120,15 @@ def container_options(machine: Machine) -> list[str]:
     return options + ulimit_options(machine)
 
 
+def init_command() -> list[str]:
+    """Return the first command of a container with systemd.
+
+    On a machine systemd itself makes the root's mounts shared; in a container it leaves that to whoever
+    starts it. Without it, what LoadCredential= mounts never reaches a service that runs as another user.
+    """
+    return ["/bin/sh", "-c", "mount --make-rshared / && exec /sbin/init"]
+
+
 def missing_packages(machine: Machine) -> list[str]:
     """Return the Debian packages that the lab still needs on this machine, sorted."""
     missing = {package for program, package in PROGRAMS.items() if program not in machine.programs}
