@@ -74,7 +74,7 @@ def current_digest(libexec_dir: str) -> Optional[str]:
 
 
 def current_helper(libexec_dir: str) -> Optional[str]:
-    """Return the current helper's path by its digest, so that a unit keeps its version; None where missing."""
+    """Return the current helper's path by its digest (a unit keeps its version); None where missing."""
     digest = current_digest(libexec_dir)
     if digest is None:
         return None

@@ -1,7 +1,7 @@
 """Entry point of the host helper, ``fleetfit-host.pyz``: what runs on a host without Ansible.
 
 Transient and boot-time units call it: downloads, the switch transaction, readiness and the device check.
-Subcommands are imported when they are called, so that ``recover`` at boot starts even if another part is broken.
+Subcommands are imported when they are called, so that ``recover`` starts even if another part is broken.
 """
 
 from __future__ import annotations
