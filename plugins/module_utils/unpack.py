@@ -178,9 +178,9 @@ def _write_tree(
     links: list[tuple[str, _Member]] = []
     for path, member in kept:
         place = os.path.join(tree, path)
-        _make_directories(tree, os.path.dirname(path))
+        _make_directories(tree, os.path.dirname(path), name)
         if member.kind == "directory":
-            _make_directories(tree, path)
+            _make_directories(tree, path, name)
         elif member.kind == "symlink":
             links.append((path, member))
         elif member.kind == "hardlink":
@@ -213,7 +213,7 @@ def _inside(path: str, name: str, strip: int) -> str:
     return "/".join(parts[strip:])
 
 
-def _make_directories(tree: str, path: str) -> None:
+def _make_directories(tree: str, path: str, name: str) -> None:
     place = tree
     for part in path.split("/") if path else []:
         place = os.path.join(place, part)
@@ -221,14 +221,14 @@ def _make_directories(tree: str, path: str) -> None:
             os.mkdir(place, 0o755)
         except FileExistsError:
             if not os.path.isdir(place):
-                raise
+                raise _unsafe(name, f"{path} lies below a file") from None
         else:
             os.chmod(place, 0o755)  # noqa: S103
 
 
 def _remove_file(place: str) -> None:
     # A tar may hold a name twice; the last one counts.
-    if os.path.lexists(place):
+    if os.path.isfile(place):
         os.unlink(place)
 
 
@@ -240,6 +240,8 @@ def _make_links(links: list[tuple[str, _Member]], tree: str, name: str) -> None:
         place = os.path.join(tree, path)
         if os.path.islink(place) or os.path.isfile(place):
             os.unlink(place)
+        elif os.path.isdir(place):
+            raise _unsafe(name, f"{member.name} is a directory and a link")
         # A directory reached through a link made just now would lead somewhere else.
         if os.path.realpath(os.path.dirname(place)) != os.path.join(root, os.path.dirname(path)).rstrip("/"):
             raise _unsafe(name, f"{member.name} lies behind another link")
