@@ -45,8 +45,8 @@ def model_artifacts(
 ) -> list[dict[str, Any]]:
     """Return the artifacts (contracts.md §6) of a plan's deployment.
 
-    ``sources`` are bases tried before the hub, each with ``type`` file (``path``, ``on`` controller or host)
-    or http (``url``); below a base a file is found as ``<model>/<variant>/<name>``. Raises FleetfitError for a
+    ``sources`` are bases tried before the hub, each with ``type`` file (``path``, ``location``)
+    or http (``url``); below a base a file is ``<model>/<variant>/<name>``. Raises FleetfitError for a
     model that is not pinned, and where there is no source at all.
     """
     check_pinned(deployment)
@@ -66,7 +66,7 @@ def model_artifacts(
                 places.append({"type": "http", "url": f"{source['url'].rstrip('/')}/{below}"})
             else:
                 path = f"{source['path'].rstrip('/')}/{below}"
-                places.append({"type": "file", "path": path, "on": source["on"]})
+                places.append({"type": "file", "path": path, "location": source["location"]})
         if hub:
             places.append(
                 {

@@ -109,7 +109,7 @@ def source_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     if url:
         return {"type": "http", "url": url}
     if entry.get("path"):
-        return {"type": "file", "path": entry["path"], "on": "controller"}
+        return {"type": "file", "path": entry["path"], "location": "controller"}
     raise FleetfitError(
         f"The archive with sha256 {entry.get('sha256')} has neither url nor path.",
         code="no_source",
