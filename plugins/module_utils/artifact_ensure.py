@@ -41,8 +41,8 @@ def ensure_artifacts(
     """Make one step towards having ``artifacts`` and return what is true now.
 
     The answer: ``changed``, ``outcomes`` (dest -> outcome with state present, missing, downloaded, pushed,
-    unpacked, fetching or failed), ``job`` (id of the unit to ask for, or null), ``needs_helper``. ``job`` is the
-    unit an earlier execution named: its failures are reported, not tried again. Raises FleetfitError
+    unpacked, fetching or failed), ``job`` (id of the unit to ask for, or null), ``needs_helper``. ``job`` is
+    the unit an earlier execution named: its failures are reported, not tried again. Raises FleetfitError
     (``disk_too_small``, …).
     """
     outcomes: dict[str, Outcome] = {}

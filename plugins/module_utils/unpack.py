@@ -33,6 +33,7 @@ from .errors import FleetfitError
 from .units import MIB
 
 _COPY_BYTES = 1 * MIB
+_LONGEST_PATH_BYTES = 4096  # PATH_MAX of Linux (limits.h)
 _BLOCK_BYTES = 4096  # what the smallest file and directory take on common file systems
 
 
@@ -156,6 +157,8 @@ def _zip_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Member:
     if entry.is_dir():
         return _Member(entry.filename, "directory", mode or 0o755, 0, "", entry)
     if stat.S_ISLNK(mode):
+        if entry.file_size > _LONGEST_PATH_BYTES:
+            raise _unsafe(entry.filename, "its link is longer than a path can be")
         target = archive.read(entry).decode("utf-8", "surrogateescape")
         return _Member(entry.filename, "symlink", mode, 0, target, entry)
     return _Member(entry.filename, "file", mode or 0o644, entry.file_size, "", entry)
