@@ -786,16 +786,32 @@ EXPORT int nvmlDeviceGetGraphicsRunningProcesses_v3(Device *device, unsigned int
     }
 
 INT_GETTER(nvmlDeviceGetDisplayActive, int, 1, device->display)
-INT_GETTER(nvmlDeviceGetDisplayMode, int, 1, device->display)
+INT_GETTER(nvmlDeviceGetDisplayMode, int, 1, 1) /* a real H100 says 1 without any display: not used */
 INT_GETTER(nvmlDeviceGetPersistenceMode, int, device->parent < 0, device->persistence)
 INT_GETTER(nvmlDeviceGetCurrentClocksThrottleReasons, unsigned long long, device->parent < 0, device->throttle)
 INT_GETTER(nvmlDeviceGetCurrentClocksEventReasons, unsigned long long, device->parent < 0, device->throttle)
 INT_GETTER(nvmlDeviceGetVirtualizationMode, unsigned int, device->parent < 0, device->virtualization)
-INT_GETTER(nvmlDeviceGetMaxMigDeviceCount, unsigned int, 1, device->mig >= 0 ? 7 : 0)
+INT_GETTER(nvmlDeviceGetMaxMigDeviceCount, unsigned int, 1, device->mig == 1 ? 7 : 0)
 INT_GETTER(nvmlDeviceIsMigDeviceHandle, unsigned int, 1, device->parent >= 0)
-INT_GETTER(nvmlDeviceGetGpuInstanceId, unsigned int, device->parent >= 0, device->gpu_instance)
-INT_GETTER(nvmlDeviceGetComputeInstanceId, unsigned int, device->parent >= 0, 0)
 INT_GETTER(nvmlDeviceGetMinorNumber, unsigned int, device->parent < 0, device - devices)
+
+EXPORT int nvmlDeviceGetGpuInstanceId(Device *device, unsigned int *id)
+{
+    CHECK(device, id);
+    if (device->parent < 0)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    *id = device->gpu_instance;
+    return NVML_SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetComputeInstanceId(Device *device, unsigned int *id)
+{
+    CHECK(device, id);
+    if (device->parent < 0)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    *id = 0;
+    return NVML_SUCCESS;
+}
 
 EXPORT int nvmlDeviceGetEccMode(Device *device, int *current, int *pending)
 {
@@ -839,7 +855,7 @@ EXPORT int nvmlDeviceGetMigMode(Device *device, unsigned int *current, unsigned 
 EXPORT int nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned int index, Device **instance)
 {
     CHECK(device, instance);
-    if (device->mig != 1)
+    if (device->mig < 0)
         return NVML_ERROR_NOT_SUPPORTED;
     if (index >= 7)
         return NVML_ERROR_INVALID_ARGUMENT;

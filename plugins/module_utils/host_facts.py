@@ -22,8 +22,10 @@ MAX_CLOCK_OFFSET_S = 60.0
 
 # Instruction sets that the engines have separate code for (ggml's CPU backend, vLLM's CPU build).
 _X86_ISA = frozenset(
-    ("avx", "avx2", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512bw", "avx512f", "avx_vnni")
-    + ("amx_bf16", "amx_int8", "amx_tile", "bmi2", "f16c", "fma", "sse4_2")
+    (
+        *("avx", "avx2", "avx512_bf16", "avx512_vnni", "avx512bw", "avx512f", "avx_vnni"),
+        *("amx_bf16", "amx_int8", "bmi2", "f16c", "fma", "sse4_2"),
+    )
 )
 _ARM_ISA = frozenset(("asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2"))
 _DISKS = ("/opt/fleetfit", "/var/lib/fleetfit")
@@ -37,7 +39,7 @@ _CGROUP_V1_LIMITS = (
     "/sys/fs/cgroup/memory/system.slice/memory.limit_in_bytes",
 )
 # Virtualized CPUs can have names of any length; facts stay small.
-_NAME_LIMIT = 64
+_NAME_LIMIT = 48
 
 
 def host_facts(
