@@ -9,7 +9,7 @@ module: model_prune
 short_description: Delete models that no release refers to
 version_added: "0.1.0"
 description:
-  - Deletes the variants below C(/var/lib/fleetfit/models) that no link of a kept release points to, so that what
+  - Deletes the variants below C(/var/lib/fleetfit/models) that no link of a release points to, so that what
     a unit serves, and what it would be rolled back to, always stays.
 options:
   keep:
