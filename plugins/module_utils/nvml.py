@@ -65,7 +65,7 @@ def call_in_child(function: Callable[[], Any], timeout_s: float) -> Any:
         os.close(reader)
     status = _reap(pid)
     if status is not None and os.WIFSIGNALED(status):
-        raise ChildError(f"killed by {signal.Signals(os.WTERMSIG(status)).name}")
+        raise ChildError(f"killed by signal {os.WTERMSIG(status)} ({signal.strsignal(os.WTERMSIG(status))})")
     try:
         answer = json.loads(data.decode("utf-8"))
     except ValueError:

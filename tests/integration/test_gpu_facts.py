@@ -110,7 +110,7 @@ def test_a_working_host_has_no_problem_and_valid_facts(host: SimulatedHost, prof
         ("fault-memory-not-supported", "memory_not_supported", "RTX 4090"),
         ("fault-unknown-error", "nvml_error", "Unknown Error"),
         ("fault-hang", "probe_failed", "no answer within 1 s"),
-        ("fault-crash", "probe_failed", "SIGABRT"),
+        ("fault-crash", "probe_failed", "signal 6 (Aborted)"),
     ],
 )
 def test_each_fault_is_one_problem_with_a_remedy(
