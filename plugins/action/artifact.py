@@ -13,7 +13,9 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.fleetfit.llm.plugins.module_utils.artifact import Artifact, Source, parse_artifacts
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_helper import archive_digest
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import format_size
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.helper_zip import build_helper_zip
 
 PUSH_LIMIT_BYTES = 256 * 1024 * 1024  # design: below it a push is one short copy, above it a host pulls
 POLL_S = 15.0  # one execution waits this long on the host, so that a long download costs few of them
@@ -87,6 +89,8 @@ class ActionModule(ActionBase):
         push_limit = int(arguments.get("push_limit_bytes") or PUSH_LIMIT_BYTES)
         try:
             return {**result, **self._bring(wanted, arguments, push_limit, task_vars or {})}
+        except FleetfitError as error:
+            return {**result, **_failure(error)}
         finally:
             self._remove_tmp_path(self._connection._shell.tmpdir)
 
@@ -131,6 +135,7 @@ class ActionModule(ActionBase):
         task_vars: dict[str, Any],
     ) -> dict[str, Any]:
         """Run the module once; while a unit downloads without us, wait for a host that went away."""
+        step = {**step, "helper_digest": archive_digest(build_helper_zip())}
         module_args = {**arguments, "artifacts": [item.host_entry() for item in wanted], "step": step}
         deadline = time.monotonic() + RECONNECT_S
         while True:
@@ -273,9 +278,12 @@ class _Meter:
 
 def _with_location(entry: dict[str, Any]) -> dict[str, Any]:
     """Return ``entry`` with ``on`` read as ``location``; YAML reads an unquoted ``on`` as true."""
+    given = entry.get("sources") or []
+    if not isinstance(given, list) or not all(isinstance(source, dict) for source in given):
+        return entry  # parse_artifacts says what is wrong with it
     sources = [
         {"location" if str(key).lower() in ("on", "true") else key: value for key, value in source.items()}
-        for source in entry.get("sources") or []
+        for source in given
     ]
     return {**entry, "sources": sources}
 

@@ -174,12 +174,19 @@ def _parse_artifact(entry: dict[str, Any], place: str, need_sources: bool) -> Ar
         raise _invalid(name, f"has the sha256 {sha256!r}, which is not 64 hexadecimal digits.")
     if not _MODE.match(mode):
         raise _invalid(name, f"has the mode {mode!r}; write it as a string such as '0640'.")
-    sources = tuple(_parse_source(source, name) for source in entry.get("sources") or [])
+    listed = entry.get("sources") or []
+    if not isinstance(listed, list) or not all(isinstance(source, dict) for source in listed):
+        raise _invalid(name, f"has sources that are not a list of sources: {listed!r}.")
+    sources = tuple(_parse_source(source, name) for source in listed)
     if need_sources and not sources:
         raise _invalid(name, "has no sources.")
     unpack = None
     if entry.get("unpack"):
         given = entry["unpack"]
+        if not isinstance(given, dict) or not str(given.get("strip") or 0).isdigit():
+            raise _invalid(
+                name, f"has unpack {given!r}, which is not a dest with a number of parts to strip."
+            )
         creates = given.get("creates")
         if creates and (os.path.isabs(creates) or ".." in creates.split("/")):
             raise _invalid(name, f"has unpack.creates {creates!r}, which is not a path inside the tree.")

@@ -52,14 +52,13 @@ def ensure_artifacts(
         if state.running:
             return _pending(artifacts, state, outcomes)
         ended = _ended(artifacts, state)
-        jobs.forget(job)
 
     missing: list[tuple[Artifact, Presence]] = []
     changed = False
     for artifact in artifacts:
         presence = inspect_artifact(artifact, settings.state_dir, verify=verify, write_stamp=not check_mode)
         if presence.present:
-            outcomes[artifact.dest] = ended.get(artifact.dest) or _outcome("present")
+            outcomes[artifact.dest] = _arrived(ended.get(artifact.dest))
             if not artifact.unpack:
                 changed |= _correct_attributes(artifact, settings, check_mode)
             continue
@@ -93,6 +92,13 @@ def ensure_artifacts(
         outcome["state"] in ("downloaded", "pushed", "unpacked") for outcome in outcomes.values()
     )
     return answer
+
+
+def _arrived(outcome: Optional[Outcome]) -> Outcome:
+    """Return the outcome of a file that is there; how it came may be unknown if its job's notes were lost."""
+    if outcome is None:
+        return _outcome("present")
+    return _outcome("downloaded") if outcome["state"] == "failed" else outcome
 
 
 def _start(

@@ -32,7 +32,7 @@ from .artifact import (
 )
 from .download import Limiter, fetch_artifact
 from .errors import FleetfitError
-from .helper_install import current_helper
+from .helper_install import current_digest, current_helper
 from .unpack import require_ours, unpack_archive
 
 SCHEMA_VERSION = 1
@@ -166,9 +166,12 @@ class JobState:
 class Jobs:
     """Starts, finds and reads jobs below ``run_dir``."""
 
-    def __init__(self, run_dir: str, libexec_dir: str, run_command: RunCommand) -> None:
+    def __init__(
+        self, run_dir: str, libexec_dir: str, run_command: RunCommand, helper_digest: Optional[str] = None
+    ) -> None:
         self.run_dir = run_dir
         self.libexec_dir = libexec_dir
+        self.helper_digest = helper_digest
         self._run = run_command
 
     def available(self) -> bool:
@@ -178,7 +181,9 @@ class Jobs:
         )
 
     def helper(self) -> Optional[str]:
-        """Return the path of the helper that a job would run, None where it is not installed."""
+        """Return the path of the helper that a job would run; None where the wanted version is missing."""
+        if self.helper_digest and current_digest(self.libexec_dir) != self.helper_digest:
+            return None
         return current_helper(self.libexec_dir)
 
     def find(self, artifacts: list[Artifact], settings: Settings) -> list[tuple[str, bool]]:
@@ -346,6 +351,9 @@ def main(argv: list[str]) -> int:
     except FleetfitError as error:
         status.error = {"code": error.code, "message": error.message, "remedy": error.remedy}
     status.finish()
+    # The addresses in it may hold passwords. The status stays: an execution that lost its connection and
+    # the one that follows it may both ask for it.
+    os.unlink(os.path.join(directory, "spec.json"))
     return 1 if status.failed else 0
 
 

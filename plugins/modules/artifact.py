@@ -170,6 +170,9 @@ options:
     description: Set by the action plugin, what this execution goes on from.
     type: dict
     suboptions:
+      helper_digest:
+        description: The version of the host helper that a unit has to run.
+        type: str
       pushed:
         description: Files that were pushed, by dest.
         type: dict
@@ -276,7 +279,12 @@ def argument_spec():
         "sources": {"type": "list", "elements": "dict", "default": [], "options": source},
     }
     proxy = {"http": {"type": "str"}, "https": {"type": "str"}, "no_proxy": {"type": "str"}}
-    step = {"pushed": {"type": "dict"}, "job": {"type": "str"}, "wait_s": {"type": "float", "default": 0}}
+    step = {
+        "helper_digest": {"type": "str"},
+        "pushed": {"type": "dict"},
+        "job": {"type": "str"},
+        "wait_s": {"type": "float", "default": 0},
+    }
     return {
         "artifacts": {"type": "list", "elements": "dict", "required": True, "options": artifact},
         "bandwidth_limit_bytes_per_s": {"type": "int", "default": 0},
@@ -320,7 +328,7 @@ def main():
         answer = ensure_artifacts(
             parse_artifacts(params["artifacts"], need_sources=False),
             settings,
-            Jobs(params["run_dir"], params["libexec_dir"], run_command),
+            Jobs(params["run_dir"], params["libexec_dir"], run_command, step.get("helper_digest")),
             pushed=step.get("pushed"),
             job=step.get("job"),
             wait_s=step.get("wait_s") or 0.0,
