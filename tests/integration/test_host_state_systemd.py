@@ -63,8 +63,7 @@ def gpu_host(systemd_host: Any, tmp_path: Path) -> Iterator[GpuHost]:
     systemd_host.run(
         "sh",
         "-c",
-    library = (tmp_path / "libnvidia-ml.so.1").read_bytes()
-    systemd_host.put("/opt/fleetfit-lab/lib/libnvidia-ml.so.1", library)
+        "systemctl stop llama-server vllm; cd /etc/systemd/system; rm -f llama-server.service vllm.service; "
         "systemctl daemon-reload; rm -rf /opt/fleetfit-lab /opt/fleetfit/llama-server /srv/vllm "
         "/etc/ld.so.conf.d/00-fleetfit-lab.conf; ldconfig",
         check=False,
