@@ -112,11 +112,8 @@ def require_ours(artifact: Artifact, dest: str) -> None:
 
 def _extract(archive_path: str, tree: str, name: str, strip: int, reserve_bytes: int) -> None:
     try:
-        if zipfile.is_zipfile(archive_path):
-            with zipfile.ZipFile(archive_path) as archive:
-                members = [_zip_member(archive, entry) for entry in archive.infolist()]
-                _write_tree(members, tree, name, strip, reserve_bytes, archive.open)  # type: ignore[arg-type]
-        elif tarfile.is_tarfile(archive_path):
+        # tar first: a tar whose last member is a zip, such as a wheel, ends like a zip.
+        if tarfile.is_tarfile(archive_path):
             with tarfile.open(archive_path) as tar:
                 _write_tree(
                     [_tar_member(entry, name) for entry in tar],
@@ -126,6 +123,10 @@ def _extract(archive_path: str, tree: str, name: str, strip: int, reserve_bytes:
                     reserve_bytes,
                     tar.extractfile,  # type: ignore[arg-type]
                 )
+        elif zipfile.is_zipfile(archive_path):
+            with zipfile.ZipFile(archive_path) as archive:
+                members = [_zip_member(archive, entry) for entry in archive.infolist()]
+                _write_tree(members, tree, name, strip, reserve_bytes, archive.open)  # type: ignore[arg-type]
         else:
             raise FleetfitError(
                 f"The artifact {name} is neither a zip nor a tar (plain, gz, bz2, xz).",

@@ -107,6 +107,20 @@ EVIL = {
 }
 
 
+def test_a_tar_whose_last_member_is_a_zip_is_a_tar(tmp_path: Path) -> None:
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("module.py", "")
+    path = make_tar(
+        tmp_path / "a.tar",
+        (info("requirements.txt"), b"x\n"),
+        (info("wheels/one.whl"), wheel.getvalue()),
+        mode="w",
+    )
+    unpack(path, tmp_path / "tree", creates="requirements.txt")
+    assert (tmp_path / "tree/wheels/one.whl").read_bytes() == wheel.getvalue()
+
+
 @pytest.mark.parametrize("members", EVIL.values(), ids=list(EVIL))
 def test_an_archive_that_leaves_its_tree_is_refused_whole(
     tmp_path: Path, members: list[tuple[tarfile.TarInfo, bytes]]
