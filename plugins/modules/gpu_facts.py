@@ -17,7 +17,9 @@ author:
   - The fleetfit developers
 options:
   root:
-    description: Where C(/sys), C(/proc) and C(/etc) of the host are read.
+    description:
+      - Where C(/sys), C(/proc) and C(/etc) of the host are read.
+      - Where it is not given, the variable C(fleetfit_probe_root) of the host is used.
     type: path
     default: /
   library_path:

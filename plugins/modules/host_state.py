@@ -17,7 +17,9 @@ author:
   - The fleetfit developers
 options:
   root:
-    description: Where the host's files are read; another value than C(/) is for tests and the lab.
+    description:
+      - Where the host's files are read; another value than C(/) is for tests and the lab.
+      - Where it is not given, the variable C(fleetfit_probe_root) of the host is used.
     type: path
     default: /
   library_path:

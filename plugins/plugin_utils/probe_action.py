@@ -27,6 +27,10 @@ def packed_pynvml() -> str:
     return base64.b64encode(zlib.compress(Path(spec.origin).read_bytes(), 9)).decode("ascii")
 
 
+# A host's variable for the option `root`: an inventory of simulated GPUs sets it once, no play needs to.
+ROOT_VARIABLE = "fleetfit_probe_root"
+
+
 class ProbeAction(ActionBase):
     """Run a probing module with the client in its arguments: the host needs nothing and keeps nothing."""
 
@@ -41,6 +45,9 @@ class ProbeAction(ActionBase):
             arguments = {**self._task.args, "pynvml_archive": packed_pynvml()}
         except FleetfitError as error:
             return {**result, "failed": True, "msg": str(error), "code": error.code, "remedy": error.remedy}
+        root = (task_vars or {}).get(ROOT_VARIABLE)
+        if root and "root" not in arguments:
+            arguments["root"] = self._templar.template(root)
         if self.TELLS_TIME:
             arguments["reference_time_s"] = time.time()
         answer = self._execute_module(

@@ -232,6 +232,17 @@ def test_planning_sees_the_same_beside_the_running_engine(host: SimulatedHost) -
     assert facts_digest(before) == facts_digest(after)
 
 
+def test_an_engine_on_a_mig_instance_is_charged_there(host: SimulatedHost) -> None:
+    host.use("a100-80gb-mig")
+    card, first, second, *_ = (a.uuid for a in host.gather().accelerators)
+    host.engine({first: 30000 * MIB})
+    facts = host.gather()
+    used = {uuid: device["used_bytes"] // MIB for uuid, device in facts.live_devices.items()}
+    assert (used[card], used[first], used[second]) == (30000, 30000, 0)
+    # The card lists no process of its own; that its memory is our engine's must not make it foreign.
+    assert set(facts.foreign_bytes.values()) == {0}
+
+
 def test_somebody_elses_unit_of_the_same_name_is_foreign(host: SimulatedHost) -> None:
     host.use("rtx-4090")
     host.engine({CARD: 1000 * MIB})
@@ -299,13 +310,15 @@ def old_python() -> str:
     pytest.skip("no Python 3.9 on this machine")
 
 
-def ansible(module: str, *, python: str, **arguments: Any) -> dict[str, Any]:
+def ansible(
+    module: str, *, python: str, variables: dict[str, str] | None = None, **arguments: Any
+) -> dict[str, Any]:
     """Run a module of ours as Ansible does, on this machine, and return its result."""
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("ansible")),
             *("-i", "localhost,", "-c", "local", "localhost"),
-            *("-e", f"ansible_python_interpreter={python}"),
+            *("-e", json.dumps({"ansible_python_interpreter": python, **(variables or {})})),
             *("-m", f"fleetfit.llm.{module}", "-a", json.dumps(arguments)),
         ],
         cwd=CHECKOUT,
@@ -347,6 +360,18 @@ def test_gpu_facts_through_ansible_with_a_broken_driver(host: SimulatedHost) -> 
     assert not result.get("failed")
     assert [p["code"] for p in result["problems"]] == ["driver_library_mismatch"]
     assert [a["uuid"] for a in result["accelerators"]] == ["pci-0000:01:00.0"]
+
+
+def test_an_inventory_names_the_probe_root_once(host: SimulatedHost) -> None:
+    host.use("t4")
+    result = ansible(
+        "gpu_facts",
+        python=sys.executable,
+        variables={"fleetfit_probe_root": "{{ lab }}/root", "lab": str(host.root.parent)},
+        library_path=str(host.library),
+    )
+    assert [a["pci_device_id"] for a in result["accelerators"]] == ["10de:1eb8"]
+    assert result["problems"] == []
 
 
 def test_a_driver_that_hangs_does_not_hang_ansible(host: SimulatedHost) -> None:
