@@ -181,6 +181,21 @@ def clock_offset_s(reference_time_s: Optional[float], now_s: float) -> Optional[
     return None if reference_time_s is None else round(now_s - reference_time_s, 1)
 
 
+def settle_clock(facts: dict[str, Any], elapsed_s: float) -> None:
+    """Take the question's way out of ``clock_offset_s``, in place; the controller does it with the answer.
+
+    The host looked at its clock at some moment of the ``elapsed_s`` seconds between question and answer: an
+    offset within them is none, so that a slow link or a waiting sudo never looks like a wrong clock.
+    """
+    offset = facts["live"]["clock_offset_s"]
+    if offset is None:
+        return
+    offset = round(offset - min(max(offset, 0.0), elapsed_s), 1)
+    facts["live"]["clock_offset_s"] = offset
+    others = [problem for problem in facts["problems"] if problem["code"] != "clock_offset"]
+    facts["problems"] = others + clock_problems(offset)
+
+
 def clock_problems(offset_s: Optional[float]) -> list[dict[str, Any]]:
     """Return the problem of a clock that is more than a minute off, as the facts hold it."""
     if offset_s is None or abs(offset_s) <= MAX_CLOCK_OFFSET_S:

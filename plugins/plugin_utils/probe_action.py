@@ -12,6 +12,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_facts import settle_clock
 
 
 @functools.cache
@@ -48,11 +49,15 @@ class ProbeAction(ActionBase):
         root = (task_vars or {}).get(ROOT_VARIABLE)
         if root and "root" not in arguments:
             arguments["root"] = self._templar.template(root)
+        asked_s = time.time()
         if self.TELLS_TIME:
-            arguments["reference_time_s"] = time.time()
+            arguments["reference_time_s"] = asked_s
         answer = self._execute_module(
             module_name=self.MODULE_NAME, module_args=arguments, task_vars=task_vars
         )
+        facts = answer.get("ansible_facts", {}).get("fleetfit")
+        if self.TELLS_TIME and facts:
+            settle_clock(facts, time.time() - asked_s)
         # What the task was asked is shown as the user wrote it, without the archive.
         if "invocation" in answer:
             answer["invocation"] = {"module_args": dict(self._task.args)}

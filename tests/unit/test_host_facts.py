@@ -135,6 +135,31 @@ def test_clock(
         assert "timedatectl set-ntp true" in problem["remedy"]
 
 
+@pytest.mark.parametrize(
+    ("offset", "elapsed", "settled", "problem"),
+    [
+        (1.5, 2.0, 0.0, False),
+        (90.0, 95.0, 0.0, False),  # a slow link, not a wrong clock
+        (90.0, 2.0, 88.0, True),
+        (61.0, 2.0, 59.0, False),
+        (-61.0, 2.0, -61.0, True),
+        (None, 2.0, None, False),
+    ],
+)
+def test_the_questions_way_is_no_offset(
+    tmp_path: Path, offset: float | None, elapsed: float, settled: float | None, problem: bool
+) -> None:
+    reference = None if offset is None else 1e9
+    facts = host_facts.host_facts(
+        str(tmp_path), GpuFacts(), reference_time_s=reference, now_s=1e9 + (offset or 0)
+    )
+    facts["problems"].append({"code": "other"})
+    host_facts.settle_clock(facts, elapsed)
+    assert facts["live"]["clock_offset_s"] == settled
+    assert ("clock_offset" in [p["code"] for p in facts["problems"]]) == problem
+    assert "other" in [p["code"] for p in facts["problems"]]
+
+
 def test_digest_has_what_is_stable_only(tmp_path: Path) -> None:
     facts = host_facts.host_facts(str(tmp_path), GpuFacts())
     digest = host_facts.facts_digest(facts)
