@@ -478,7 +478,7 @@ def xid_errors(probe: ProbeRoot) -> dict[str, list[int]]:
     except OSError:
         return found
     try:
-        for _ in range(_KERNEL_LOG_LIMIT_RECORDS):
+        for _record in range(_KERNEL_LOG_LIMIT_RECORDS):
             try:
                 # One record a read from the kernel; a file in a test gives all at once.
                 record = os.read(log, 1 << 20)

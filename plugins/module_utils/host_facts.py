@@ -105,7 +105,7 @@ def os_facts(probe: ProbeRoot) -> dict[str, Optional[str]]:
 def glibc_version() -> Optional[str]:
     """Return the C library's version that this process runs on; None where it is not glibc."""
     try:
-        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        name, _space, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     except (OSError, ValueError):
         return None
     return version if name == "glibc" and version else None

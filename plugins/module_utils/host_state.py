@@ -94,7 +94,7 @@ def _release(probe: ProbeRoot, service: str) -> Optional[str]:
         target = os.readlink(probe.path(f"/opt/fleetfit/{service}/current"))
     except OSError:
         return None
-    folder, _, digest = target.rstrip("/").rpartition("/")
+    folder, _slash, digest = target.rstrip("/").rpartition("/")
     return digest if folder == "releases" or folder.endswith("/releases") else None
 
 

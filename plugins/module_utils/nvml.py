@@ -110,7 +110,7 @@ def _read_all(reader: int, deadline: float) -> bytes:
 
 def _reap(pid: int) -> Optional[int]:
     """Return the child's status, or None where it is stuck in the kernel and cannot even be killed."""
-    for _ in range(100):
+    for _attempt in range(100):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return status

@@ -393,6 +393,6 @@ _BY_DEVICE_ID = dict(line.split(" ", 1) for line in _NAMES.splitlines())
 
 def card_name(pci_device_id: str) -> str:
     """Return the card's name for an id such as ``10de:2684``, or the id itself where the table lacks it."""
-    vendor, _, device = pci_device_id.lower().partition(":")
+    vendor, _colon, device = pci_device_id.lower().partition(":")
     name = _BY_DEVICE_ID.get(device) if vendor == NVIDIA_VENDOR_ID else None
     return f"NVIDIA {name}" if name else pci_device_id
