@@ -56,8 +56,6 @@ GGML_TYPES: Mapping[str, tuple[int, int]] = {
     "TQ2_0": (256, 66),
     "MXFP4": (32, 17),
     "NVFP4": (64, 36),
-    "Q1_0": (128, 18),
-    "Q2_0": (64, 18),
 }
 
 # GGUF scheme -> the type most of its tensors have (llama_ftype_get_default_type).
@@ -124,13 +122,15 @@ class TensorLayout:
     """Where the bytes of a model file are.
 
     ``blocks`` are bytes per block with everything in it, ``block_experts`` the part of it that is expert
-    tensors. ``output`` is zero where the file ties it to ``token_embd`` (``tied``).
+    tensors, ``block_largest`` its largest tensor. ``output`` is zero where the file ties it to
+    ``token_embd`` (``tied``).
     """
 
     scheme: str
     format: str
     blocks: tuple[int, ...]
     block_experts: tuple[int, ...]
+    block_largest: tuple[int, ...]
     token_embd: int
     output: int
     output_norm: int
@@ -566,10 +566,12 @@ def _layout(
 ) -> TensorLayout:
     blocks = [0] * layers
     experts = [0] * layers
+    largest = [0] * layers
     token_embd = output = other = 0
     for name, layer, size in tensors:
         if layer >= 0:
             blocks[layer] += size
+            largest[layer] = max(largest[layer], size)
             if "_exps." in name:
                 experts[layer] += size
         elif name == "token_embd.weight":
@@ -583,6 +585,7 @@ def _layout(
         format=file_format,
         blocks=tuple(blocks),
         block_experts=tuple(experts),
+        block_largest=tuple(largest),
         token_embd=token_embd,
         output=output,
         output_norm=other,

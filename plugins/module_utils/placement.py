@@ -1,0 +1,467 @@
+"""Where a model's layers go: on one device, over several unlike ones, partly in RAM, or on the CPU alone.
+
+A placement is found by filling the fastest device from the model's end (the output layer is on the last
+device, and it is read for every token), then the next one; what is left stays in RAM. So more memory
+anywhere never leaves fewer layers on the fast devices, which is what makes a plan monotone. Every
+placement is then checked by the memory model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
+from typing import Optional
+
+from . import memory_llama_cpp as llama
+from .host_view import HostView
+from .memory import DeviceBudget, Estimate
+from .model_shape import ModelShape
+from .speed import LLAMA_CPP_CPU, LLAMA_CPP_GPU, Efficiency, expected_tokens_per_s, roofline_tokens_per_s
+from .tensor_sizes import TensorLayout
+
+# With more devices than this only the fastest and the largest groups are tried, not every subset and order.
+EXHAUSTIVE_DEVICES = 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to place a model, with its memory and speed; speeds are None where a bandwidth is unknown."""
+
+    devices: tuple[DeviceBudget, ...]
+    estimate: Estimate
+    n_gpu_layers: int
+    tensor_split: tuple[int, ...]
+    n_cpu_moe: int
+    resident: bool
+    roofline_tokens_per_s: Optional[float]
+    expected_tokens_per_s: Optional[float]
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Return what makes one placement of the same variant better than another; larger is better."""
+        return (int(self.resident), self.expected_tokens_per_s or 0.0, -len(self.devices))
+
+
+class LlamaPlacer:
+    """Finds placements of one GGUF variant on one host; all contexts are per slot, in tokens."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layout: TensorLayout,
+        view: HostView,
+        *,
+        slots: int,
+        kv_type_k: str,
+        kv_type_v: str,
+        cache_ram_bytes: int = 0,
+        n_ubatch: int = llama.DEFAULT_UBATCH_TOKENS,
+    ) -> None:
+        self.shape = shape
+        self.layout = layout
+        self.view = view
+        self.slots = slots
+        self.kv_type_k = kv_type_k
+        self.kv_type_v = kv_type_v
+        self.cache_ram_bytes = cache_ram_bytes
+        self.n_ubatch = n_ubatch
+        self._groups = device_groups(view.devices)
+
+    def best(self, context_tokens: int) -> Optional[Placement]:
+        """Return the best placement that fits: resident on the GPUs, else partly offloaded, else on the
+        CPU."""
+        found = self._resident(context_tokens)
+        if found is None:
+            found = self._offloaded(context_tokens)
+        if found is None:
+            found = self._on_cpu(context_tokens)
+            if not found.estimate.fits:
+                return None
+        return found
+
+    def nearest(self, context_tokens: int) -> Placement:
+        """Return the placement that misses its memory by the least, for explaining why a variant does not
+        fit."""
+        attempts = [self._on_cpu(context_tokens)]
+        for group in self._groups:
+            attempts.append(self._all_layers(group, context_tokens))
+            partial = self._fill(group, context_tokens, n_cpu_moe=0)
+            if partial is not None:
+                attempts.append(self._placement(group, partial, 0, context_tokens))
+        return min(attempts, key=lambda item: (_missing(item.estimate), len(item.devices)))
+
+    def max_context_tokens(self, placement: Placement, limit_tokens: int) -> int:
+        """Return the longest context (a multiple of 256, or the limit) at which the model still fits in the
+        same way.
+
+        For a resident model: on the same devices, split anew; else with the same layers in the same places.
+        """
+
+        def fits(context_tokens: int) -> bool:
+            if placement.resident and placement.devices:
+                return any(self._holds_all(order, context_tokens) for order in _orders(placement.devices))
+            return self._estimate(
+                placement.devices,
+                placement.n_gpu_layers,
+                placement.tensor_split,
+                placement.n_cpu_moe,
+                context_tokens,
+            ).fits
+
+        return longest_context(fits, limit_tokens)
+
+    def max_context_anyhow(self, limit_tokens: int) -> int:
+        """Return the longest context at which any placement fits; 0 where not even 256 tokens do."""
+        return longest_context(lambda tokens: self.best(tokens) is not None, limit_tokens)
+
+    def _holds_all(self, group: tuple[DeviceBudget, ...], context_tokens: int) -> bool:
+        counts = self._fill(group, context_tokens, n_cpu_moe=0)
+        if counts is None or sum(counts) < self._all:
+            return False
+        return self._estimate(group, self._all, counts, 0, context_tokens).fits
+
+    @property
+    def _all(self) -> int:
+        return llama.all_layers(self.shape)
+
+    def _resident(self, context_tokens: int) -> Optional[Placement]:
+        found = []
+        for group in self._groups:
+            counts = self._fill(group, context_tokens, n_cpu_moe=0)
+            if counts is None or sum(counts) < self._all:
+                continue
+            placement = self._placement(group, counts, 0, context_tokens)
+            if placement.estimate.fits:
+                found.append(self._balanced(placement, context_tokens))
+        return _best(found)
+
+    def _offloaded(self, context_tokens: int) -> Optional[Placement]:
+        found = []
+        for group in self._groups:
+            for n_cpu_moe in self._expert_steps(group, context_tokens):
+                counts = self._fill(group, context_tokens, n_cpu_moe=n_cpu_moe)
+                if counts is None:
+                    continue
+                placement = self._placement(group, counts, n_cpu_moe, context_tokens)
+                if placement.estimate.fits:
+                    found.append(placement)
+        return _best(found)
+
+    def _on_cpu(self, context_tokens: int) -> Placement:
+        return self._placement((), (), 0, context_tokens)
+
+    def _all_layers(self, group: tuple[DeviceBudget, ...], context_tokens: int) -> Placement:
+        """Return the placement of everything on ``group`` by budget, whether it fits or not."""
+        budgets = [max(1, device.budget) for device in group]
+        counts = _shares(budgets, self._all)
+        return self._placement(group, counts, 0, context_tokens)
+
+    def _expert_steps(self, group: tuple[DeviceBudget, ...], context_tokens: int) -> list[int]:
+        """Return the values of ``--n-cpu-moe`` to try: the least that leaves all layers on the devices,
+        else all."""
+        if not self.shape.experts:
+            return [0]
+        low, high = 0, self.shape.layers
+        counts = self._fill(group, context_tokens, n_cpu_moe=high)
+        if counts is None or sum(counts) < self._all:
+            return [0, high]
+        while low < high:
+            middle = (low + high) // 2
+            counts = self._fill(group, context_tokens, n_cpu_moe=middle)
+            if counts is not None and sum(counts) == self._all:
+                high = middle
+            else:
+                low = middle + 1
+        return [high]
+
+    def _fill(
+        self, group: Sequence[DeviceBudget], context_tokens: int, *, n_cpu_moe: int
+    ) -> Optional[tuple[int, ...]]:
+        """Return the layers per device, with room on the first one for weights that stay in RAM, if any do."""
+        counts = self._fill_beside(group, context_tokens, n_cpu_moe=n_cpu_moe, streamed=0)
+        if counts is not None and sum(counts) == self._all and n_cpu_moe == 0:
+            return counts
+        streamed = llama.streamed_weight_bytes(self.layout)
+        return self._fill_beside(group, context_tokens, n_cpu_moe=n_cpu_moe, streamed=streamed)
+
+    def _fill_beside(
+        self, group: Sequence[DeviceBudget], context_tokens: int, *, n_cpu_moe: int, streamed: int
+    ) -> Optional[tuple[int, ...]]:
+        """Return the layers per device (the last one's include the output layer), filling from the model's
+        end.
+
+        None where a device of the group would get nothing: a smaller group then says the same.
+        """
+        shape, layout = self.shape, self.layout
+        kv = self._kv_by_layer(context_tokens)
+        extra = llama.kv_dequantization_bytes(
+            shape, context_tokens=context_tokens, kv_type_k=self.kv_type_k, kv_type_v=self.kv_type_v
+        )
+        counts = [0] * len(group)
+        layer = shape.layers - 1
+        for index in range(len(group) - 1, -1, -1):
+            device = group[index]
+            is_last = index == len(group) - 1
+            compute = llama.compute_bytes(
+                shape,
+                context_tokens=context_tokens,
+                n_ubatch=self.n_ubatch,
+                with_output=is_last,
+                device_count=len(group),
+            )
+            room = device.budget - device.overhead - device.margin - compute - extra
+            if index == 0:
+                room -= streamed
+            if is_last:
+                room -= layout.output_norm + layout.output_head
+                if room < 0:
+                    return None
+                counts[index] = 1
+            if device.memory_kind == "unified":
+                # The host's part of the engine lives in the same memory, and what is not offloaded too.
+                room -= self._host_need(context_tokens)
+            while layer >= 0:
+                size = layout.blocks[layer] + kv[layer]
+                if layer < n_cpu_moe:
+                    size -= layout.block_experts[layer]
+                if size > room:
+                    break
+                room -= size
+                counts[index] += 1
+                layer -= 1
+            if counts[index] == 0:
+                return None
+        return tuple(counts)
+
+    def _balanced(self, placement: Placement, context_tokens: int) -> Placement:
+        """Return the placement with its layers spread by budget, where the devices are equally fast and it
+        fits."""
+        if len(placement.devices) < 2:
+            return placement
+        if len({device.bandwidth_bytes_per_s for device in placement.devices}) > 1:
+            return placement
+        counts = _shares([device.budget for device in placement.devices], self._all)
+        if 0 in counts:
+            return placement
+        spread = self._placement(placement.devices, counts, 0, context_tokens)
+        return spread if spread.estimate.fits else placement
+
+    def _placement(
+        self,
+        group: Sequence[DeviceBudget],
+        counts: Sequence[int],
+        n_cpu_moe: int,
+        context_tokens: int,
+    ) -> Placement:
+        layers = sum(counts)
+        estimate = self._estimate(tuple(group), layers, tuple(counts), n_cpu_moe, context_tokens)
+        parts = self._parts(group, counts, n_cpu_moe)
+        known = all(bandwidth > 0 for _, bandwidth, _ in parts)
+        return Placement(
+            devices=tuple(group),
+            estimate=estimate,
+            n_gpu_layers=layers,
+            tensor_split=tuple(counts),
+            n_cpu_moe=n_cpu_moe,
+            resident=layers == self._all and n_cpu_moe == 0,
+            roofline_tokens_per_s=(
+                round(roofline_tokens_per_s([(size, speed) for size, speed, _ in parts]), 2)
+                if known
+                else None
+            ),
+            expected_tokens_per_s=round(expected_tokens_per_s(parts), 2) if known else None,
+        )
+
+    def _estimate(
+        self,
+        group: tuple[DeviceBudget, ...],
+        n_gpu_layers: int,
+        counts: tuple[int, ...],
+        n_cpu_moe: int,
+        context_tokens: int,
+    ) -> Estimate:
+        estimate = llama.estimate(
+            self.shape,
+            self.layout,
+            context_tokens=context_tokens,
+            slots=self.slots,
+            n_ubatch=self.n_ubatch,
+            kv_type_k=self.kv_type_k,
+            kv_type_v=self.kv_type_v,
+            n_gpu_layers=n_gpu_layers,
+            n_cpu_moe=n_cpu_moe,
+            devices=group,
+            tensor_split=counts,
+            cache_ram_bytes=self.cache_ram_bytes,
+            host=self.view.host,
+        )
+        if not any(device.memory_kind == "unified" for device in group):
+            return estimate
+        host = estimate.host
+        need = host.weights + host.kv_cache + host.compute + host.overhead
+        terms = tuple(
+            replace(item, budget=max(0, item.budget - need)) if device.memory_kind == "unified" else item
+            for device, item in zip(group, estimate.devices)
+        )
+        return replace(estimate, devices=terms)
+
+    def _host_need(self, context_tokens: int) -> int:
+        """Return what the host holds beside fully offloaded layers: the embeddings and a compute buffer."""
+        return (
+            self.layout.token_embd
+            + self.cache_ram_bytes
+            + llama.compute_bytes(
+                self.shape,
+                context_tokens=context_tokens,
+                n_ubatch=self.n_ubatch,
+                with_output=False,
+                device_count=1,
+            )
+        )
+
+    def _kv_by_layer(self, context_tokens: int) -> tuple[int, ...]:
+        return llama.kv_cache_bytes_by_layer(
+            self.shape,
+            context_tokens=context_tokens,
+            slots=self.slots,
+            n_ubatch=self.n_ubatch,
+            kv_type_k=self.kv_type_k,
+            kv_type_v=self.kv_type_v,
+        )
+
+    def _parts(
+        self, group: Sequence[DeviceBudget], counts: Sequence[int], n_cpu_moe: int
+    ) -> list[tuple[int, float, Efficiency]]:
+        """Return what is read for one token and where: (bytes, bandwidth, efficiency); no bandwidth is 0."""
+        layers = self.shape.layers
+        ram = self.view.ram_bandwidth_bytes_per_s
+        first = self._all - sum(counts)
+        host_read = sum(self._read_bytes(layer) for layer in range(min(first, layers)))
+        parts: list[tuple[int, float, Efficiency]] = []
+        layer = first
+        for device, count in zip(group, counts):
+            read = 0
+            for _ in range(count):
+                if layer == layers:
+                    read += self.layout.output_norm + self.layout.output_head
+                elif layer < n_cpu_moe:
+                    active = self._read_bytes(layer)
+                    dense = self.layout.blocks[layer] - self.layout.block_experts[layer]
+                    host_read += active - dense
+                    read += dense
+                else:
+                    read += self._read_bytes(layer)
+                layer += 1
+            parts.append((read, device.bandwidth_bytes_per_s or 0.0, LLAMA_CPP_GPU))
+        if not counts:
+            host_read += self.layout.output_norm + self.layout.output_head
+        if host_read:
+            parts.append((host_read, ram, LLAMA_CPP_CPU))
+        return parts
+
+    def _read_bytes(self, layer: int) -> int:
+        """Return the bytes of a block that one token reads: of the experts only those used."""
+        size, experts = self.layout.blocks[layer], self.layout.block_experts[layer]
+        if not experts:
+            return size
+        return size - experts + experts * self.shape.experts_used // self.shape.experts
+
+
+def device_groups(devices: Sequence[DeviceBudget]) -> list[tuple[DeviceBudget, ...]]:
+    """Return the ordered groups of devices worth trying; the last of a group holds the output layer.
+
+    MIG instances are never combined: a CUDA process sees one. Groups that differ only by which of several
+    equal devices they take are tried once.
+    """
+    singles = [(device,) for device in devices]
+    whole = [device for device in devices if not device.mig]
+    groups: list[tuple[DeviceBudget, ...]] = []
+    if len(whole) <= EXHAUSTIVE_DEVICES:
+        for size in range(2, len(whole) + 1):
+            for subset in combinations(whole, size):
+                groups += _orders(subset)
+    else:
+        by_speed = sorted(
+            whole, key=lambda item: (-(item.bandwidth_bytes_per_s or 0.0), -item.budget, item.id)
+        )
+        by_budget = sorted(whole, key=lambda item: (-item.budget, item.id))
+        for size in range(2, len(whole) + 1):
+            for ranked in (by_speed, by_budget):
+                groups += _orders(ranked[:size])
+    unique: dict[tuple[object, ...], tuple[DeviceBudget, ...]] = {}
+    for group in [*singles, *groups]:
+        unique.setdefault(tuple(_kind(device) for device in group), group)
+    return list(unique.values())
+
+
+def longest_context(fits: Callable[[int], bool], limit_tokens: int) -> int:
+    """Return the largest multiple of 256 (or the limit itself) that ``fits``, by bisection; 0 where none
+    does."""
+    if fits(limit_tokens):
+        return limit_tokens
+    step = llama.CONTEXT_PADDING_TOKENS
+    low, high = 0, -(-limit_tokens // step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle * step):
+            low = middle
+        else:
+            high = middle
+    return low * step
+
+
+def _orders(devices: Sequence[DeviceBudget]) -> list[tuple[DeviceBudget, ...]]:
+    """Return the orders worth trying: all of a few devices, else slowest first and smallest first."""
+    if len(devices) < 2:
+        return [tuple(devices)]
+    if len(devices) <= EXHAUSTIVE_DEVICES:
+        orders = list(permutations(devices))
+    else:
+        orders = [
+            tuple(
+                sorted(devices, key=lambda item: (item.bandwidth_bytes_per_s or 0.0, item.budget, item.id))
+            ),
+            tuple(sorted(devices, key=lambda item: (item.budget, item.id))),
+        ]
+    unique: dict[tuple[object, ...], tuple[DeviceBudget, ...]] = {}
+    for order in orders:
+        unique.setdefault(tuple(_kind(device) for device in order), order)
+    return list(unique.values())
+
+
+def _kind(device: DeviceBudget) -> tuple[object, ...]:
+    """Return what of a device matters to a placement; equal devices are interchangeable."""
+    return (
+        device.budget,
+        device.overhead,
+        device.margin,
+        device.bandwidth_bytes_per_s,
+        device.memory_kind,
+        device.compute_capability,
+        device.name,
+    )
+
+
+def _shares(weights: Sequence[int], units: int) -> tuple[int, ...]:
+    """Return ``units`` split in whole numbers in proportion to ``weights`` (largest remainders last)."""
+    total = sum(weights)
+    bounds = [0]
+    cumulated = 0
+    for weight in weights:
+        cumulated += weight
+        bounds.append((units * cumulated * 2 + total) // (2 * total))
+    return tuple(after - before for before, after in zip(bounds, bounds[1:]))
+
+
+def _best(found: Sequence[Placement]) -> Optional[Placement]:
+    best: Optional[Placement] = None
+    for item in found:
+        if best is None or item.rank > best.rank:
+            best = item
+    return best
+
+
+def _missing(estimate: Estimate) -> int:
+    """Return the bytes missing in all places together."""
+    return sum(max(0, terms.short_by) for terms in (*estimate.devices, estimate.host))
