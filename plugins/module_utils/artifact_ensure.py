@@ -75,7 +75,7 @@ def ensure_artifacts(
     if check_mode:
         return _answer(outcomes, changed=changed or bool(missing))
     pushed = pushed or {}
-    now = [artifact for artifact, _ in missing if artifact.dest in pushed]
+    now = [pair[0] for pair in missing if pair[0].dest in pushed]
     pulls = [
         (artifact, presence)
         for artifact, presence in missing
@@ -84,7 +84,7 @@ def ensure_artifacts(
     if pulls and _in_background(pulls, settings, background, jobs):
         answer = _start(pulls, settings, jobs, wait_s, outcomes)
     else:
-        now += [artifact for artifact, _ in pulls]
+        now += [pair[0] for pair in pulls]
         answer = _answer(outcomes)
     if now:
         run_artifacts(now, settings, outcomes.__setitem__, pushed)
@@ -108,7 +108,7 @@ def _start(
     wait_s: float,
     outcomes: dict[str, Outcome],
 ) -> dict[str, Any]:
-    wanted = [artifact for artifact, _ in pulls]
+    wanted = [pair[0] for pair in pulls]
     for job_id, same in jobs.find(wanted, settings):
         if same:
             return _pending(wanted, jobs.state(job_id), outcomes)
@@ -125,7 +125,7 @@ def _in_background(
     if background == "never" or not jobs.available():
         return False
     limit = settings.bandwidth_limit_bytes_per_s
-    total = sum(presence.bytes_to_fetch for _, presence in pulls)
+    total = sum(pair[1].bytes_to_fetch for pair in pulls)
     return background == "always" or total > BACKGROUND_BYTES or bool(limit and total / limit > BACKGROUND_S)
 
 

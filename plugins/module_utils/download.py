@@ -120,7 +120,7 @@ class PartialFile:
                 remedy="Wait until it has finished, then run again.",
             ) from None
         self.size = 0
-        self.received = 0  # bytes from sources, discarded ones too
+        self.received = 0  # bytes from the network, discarded ones too
         self.resumed_from = kept
         self.pieces = 0  # how many answers the content is made of
         self._digest = hashlib.sha256()
@@ -151,13 +151,17 @@ class PartialFile:
         self._write_notes()
 
     def write(self, data: bytes) -> None:
+        """Append ``data`` that came over the network."""
+        self.received += len(data)
+        self.append(data)
+
+    def append(self, data: bytes) -> None:
         """Append ``data``."""
         view = memoryview(data)
         while view:
             view = view[self._stream.write(view) :]
         self._digest.update(data)
         self.size += len(data)
-        self.received += len(data)
         if self.size - self._synced >= _SYNC_EVERY_BYTES:
             self.sync()
 
@@ -293,7 +297,7 @@ def _copy_file(source: Source, artifact: Artifact, partial: PartialFile, progres
                 chunk = stream.read(4 * MIB)
                 if not chunk:
                     return
-                partial.write(chunk)
+                partial.append(chunk)
                 progress(partial.size)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise SourceError(

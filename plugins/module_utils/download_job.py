@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ SCHEMA_VERSION = 1
 UNIT_PREFIX = "fleetfit-download-"
 _STATUS_EVERY_S = 0.5
 Outcome = dict[str, Any]
+# Runs a command; returns its exit code and what it said on both streams.
 RunCommand = Callable[[list[str]], tuple[int, str]]
 
 
@@ -69,7 +69,7 @@ def run_artifacts(
             missing.append((artifact, presence.bytes_to_fetch))
     check_disk(missing, settings.reserve_bytes)
     limiter = Limiter(settings.bandwidth_limit_bytes_per_s)
-    for artifact, _ in missing:
+    for artifact in [pair[0] for pair in missing]:
         try:
             report(artifact.dest, _run_one(artifact, settings, limiter, report, pushed.get(artifact.dest)))
         except FleetfitError as error:
@@ -289,9 +289,8 @@ class Jobs:
         return os.path.join(self.run_dir, job_id)
 
     def _active(self, job_id: str) -> bool:
-        _, output = self._run(
-            ["systemctl", "show", "--property=ActiveState", "--value", f"{UNIT_PREFIX}{job_id}.service"]
-        )
+        command = ["systemctl", "show", "--property=ActiveState", "--value"]
+        output = self._run([*command, f"{UNIT_PREFIX}{job_id}.service"])[1]
         return output.strip() in ("active", "activating", "deactivating", "reloading")
 
     def _unit_command(
@@ -390,9 +389,3 @@ class _Status:
     def _write(self, *, finished: bool) -> None:
         self._written = time.monotonic()
         write_json(self._path, {"finished": finished, "outcomes": self._outcomes, "error": self.error})
-
-
-def run_command(arguments: list[str]) -> tuple[int, str]:
-    """Run a command and return its exit code and what it said on both streams."""
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return done.returncode, done.stdout

@@ -90,7 +90,7 @@ def bypasses_proxy(host: str, port: int, no_proxy: Optional[str]) -> bool:
         entry = entry.lower()
         if entry == "*" or _in_network(host, entry):
             return True
-        name, _, number = entry.rpartition(":")
+        name, number = entry.rpartition(":")[::2]
         if name and number.isdigit() and ":" not in name:
             if int(number) != port:
                 continue
@@ -134,7 +134,7 @@ def open_url(
     """
     home, current = origin(url), url
     first_headers: Optional[dict[str, str]] = None
-    for _ in range(MAX_REDIRECTS + 1):
+    for _hop in range(MAX_REDIRECTS + 1):
         sent = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", **(headers or {})}
         if origin(current) == home:
             authorization = _basic(urlsplit(url)) or (f"Bearer {token}" if token else None)

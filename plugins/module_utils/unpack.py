@@ -174,8 +174,8 @@ def _write_tree(
     open_member: Callable[[object], Optional[IO[bytes]]],
 ) -> None:
     kept = [(path, member) for member in members for path in [_inside(member.name, name, strip)] if path]
-    size = sum(-(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES + _BLOCK_BYTES for _, member in kept)
-    require_free(existing_parent(tree), size, reserve_bytes)
+    blocks = sum(-(-member.size // _BLOCK_BYTES) + 1 for _path, member in kept)
+    require_free(existing_parent(tree), blocks * _BLOCK_BYTES, reserve_bytes)
     os.mkdir(tree, 0o755)
     os.chmod(tree, 0o755)  # noqa: S103  whatever the umask: services read the tree
     files: set[str] = set()

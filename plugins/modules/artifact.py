@@ -16,7 +16,7 @@ description:
   - Long downloads run on the host in the transient unit C(fleetfit-download-<id>.service). The action plugin
     polls it, a lost connection or a killed C(ansible-playbook) does not stop it, and the next run finds it.
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 options:
   artifacts:
     description: The files, handled together.
@@ -112,22 +112,19 @@ options:
     default: {}
     suboptions:
       http:
-        description: The proxy for http addresses, such as V(http://proxy:3128); it may hold user and
-        password.
+        description: The proxy for http addresses, such as V(http://proxy:3128), with its user and password.
         type: str
       https:
         description: The proxy through which https addresses are tunnelled.
         type: str
       no_proxy:
-        description: Hosts to ask directly, separated by commas, as names, domains, addresses, networks or
-        V(*).
+        description: Hosts to ask directly, separated by commas; names, domains, addresses, networks or V(*).
         type: str
   ca_file:
     description: PEM certificates to trust in place of the system's.
     type: path
   token_file:
-    description: A file on the host, mode 0600, with the hub's token. It is sent to the hub's own https
-    address only.
+    description: A file on the host, mode 0600, with the hub's token, for the hub's own https address only.
     type: path
   reserve_bytes:
     description: How much of the disk must stay free, checked before anything is downloaded.
@@ -226,8 +223,9 @@ artifacts:
       description: Its path.
       type: str
     state:
-      description: V(present) if it was there; V(downloaded), V(pushed) or V(unpacked) if it came (or would,
-      in check mode).
+      description:
+        - V(present) if it was there; V(downloaded), V(pushed) or V(unpacked) if it came.
+        - In check mode, what it would be.
       type: str
     source:
       description: Where it came from, without passwords and signatures.
@@ -246,7 +244,7 @@ artifacts:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.fleetfit.llm.plugins.module_utils.artifact import Settings, parse_artifacts
 from ansible_collections.fleetfit.llm.plugins.module_utils.artifact_ensure import ensure_artifacts
-from ansible_collections.fleetfit.llm.plugins.module_utils.download_job import Jobs, run_command
+from ansible_collections.fleetfit.llm.plugins.module_utils.download_job import Jobs
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 
 
@@ -310,6 +308,11 @@ def main():
     module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True, no_log=True)
     params = module.params
     step, proxy = params["step"] or {}, params["proxy"] or {}
+
+    def run_command(arguments):
+        code, output, errors = module.run_command(arguments)
+        return code, output + errors
+
     settings = Settings(
         bandwidth_limit_bytes_per_s=params["bandwidth_limit_bytes_per_s"],
         proxy_http=proxy.get("http") or None,

@@ -96,6 +96,7 @@ def test_a_file_on_the_host_is_copied_and_verified(tmp_path: Path) -> None:
     fetched = fetch_artifact(artifact, Settings(), Limiter(0))
     assert Path(artifact.partial).read_bytes() == CONTENT
     assert fetched.source == f"{tmp_path}/good (on the host)"
+    assert fetched.bytes_fetched == 0  # nothing crossed the network
 
 
 def test_sources_are_tried_in_order_until_one_delivers(tmp_path: Path) -> None:
