@@ -126,7 +126,7 @@ def remove_variants(paths: Sequence[str], root: str = "/") -> None:
     """Delete variant directories, and a model's directory that has become empty; refuse any other path."""
     for path in paths:
         real = os.path.join(root, path.lstrip("/"))
-        if os.path.dirname(os.path.dirname(path)) != MODELS or not safe_to_delete(path, root=root):
+        if os.path.dirname(os.path.dirname(path)) != MODELS or not safe_to_delete(real, root=root):
             raise FleetfitError(
                 f"{path} is not a model below {MODELS} and is not deleted.",
                 code="unsafe_path",
