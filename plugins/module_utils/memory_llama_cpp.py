@@ -66,6 +66,23 @@ def kv_cache_bytes_by_layer(
     return tuple(window if shape.is_sliding(layer) else full for layer in range(shape.layers))
 
 
+def check_graph(shape: ModelShape, *, slots: int, kv_type_k: str, kv_type_v: str) -> None:
+    """Raise :class:`FleetfitError` (``kv_type_not_supported``) where llama.cpp aborts while it builds the
+    graph.
+
+    It reserves nodes by the number of tensors, of which models with fused projections (Phi-3, Phi-4) have
+    too few for a rotated cache in several streams (seen with 0.6.0-dev: every quantized type, two slots
+    and more).
+    """
+    quantized = is_quantized(kv_type_k) or is_quantized(kv_type_v)
+    if shape.fused_projections and quantized and slots > 1 and shape.head_dim % 64 == 0:
+        raise FleetfitError(
+            f"llama.cpp aborts with a quantized KV cache and {slots} slots in {shape.architecture} models.",
+            code="kv_type_not_supported",
+            remedy="Choose f16, or one slot.",
+        )
+
+
 def graph_tokens(n_ubatch: int, context_tokens: int, slots: int) -> int:
     """Return the tokens llama.cpp reserves its graph for: a micro-batch within the context, a multiple of the
     slots.
@@ -343,6 +360,7 @@ def estimate(
     devices' budgets. Raises :class:`FleetfitError` for numbers that llama-server would refuse.
     """
     _check(context_tokens, slots, n_ubatch, kv_type_k, kv_type_v, n_cpu_moe)
+    check_graph(shape, slots=slots, kv_type_k=kv_type_k, kv_type_v=kv_type_v)
     if layout.format != "gguf":
         raise FleetfitError(
             f"llama.cpp reads GGUF files, not {layout.format}.",

@@ -178,7 +178,7 @@ class LlamaPlacer:
     def _fill(
         self, group: Sequence[DeviceBudget], context_tokens: int, *, n_cpu_moe: int
     ) -> Optional[tuple[int, ...]]:
-        """Return the layers per device, with room on the first one for weights that stay in RAM, if any do."""
+        """Return the layers per device; the first keeps room for weights that stay in RAM, if any do."""
         counts = self._fill_beside(group, context_tokens, n_cpu_moe=n_cpu_moe, streamed=0)
         if counts is not None and sum(counts) == self._all and n_cpu_moe == 0:
             return counts
