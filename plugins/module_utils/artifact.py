@@ -13,7 +13,7 @@ import json
 import os
 import pwd
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Callable, Optional
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -120,7 +120,6 @@ class Presence:
     present: bool
     bytes_to_fetch: int = 0
     reason: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 def redact_url(url: str) -> str:
@@ -248,19 +247,13 @@ def _invalid(name: Any, problem: str) -> FleetfitError:
 # --- what the host has
 
 
-def sha256_of_file(path: str, progress: Optional[Callable[[int], None]] = None) -> str:
-    """Return the sha256 of the file at ``path``; ``progress`` is called with the bytes read so far."""
+def sha256_of_file(path: str) -> str:
+    """Return the sha256 of the file at ``path``."""
     digest = hashlib.sha256()
-    done = 0
     with open(path, "rb") as stream:
-        while True:
-            chunk = stream.read(_HASH_CHUNK_BYTES)
-            if not chunk:
-                return digest.hexdigest()
+        for chunk in iter(lambda: stream.read(_HASH_CHUNK_BYTES), b""):
             digest.update(chunk)
-            done += len(chunk)
-            if progress:
-                progress(done)
+    return digest.hexdigest()
 
 
 def inspect_artifact(
@@ -536,8 +529,3 @@ def write_json(path: str, value: dict[str, Any]) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         json.dump(value, stream, sort_keys=True)
     os.replace(temporary, path)
-
-
-def with_sources(artifact: Artifact, sources: tuple[Source, ...]) -> Artifact:
-    """Return ``artifact`` with these sources only."""
-    return replace(artifact, sources=sources)
