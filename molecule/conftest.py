@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import testinfra
@@ -13,6 +12,6 @@ HOSTS = ("molecule-bookworm", "molecule-trixie")
 
 
 @pytest.fixture(scope="session", params=HOSTS)
-def machine(request: pytest.FixtureRequest) -> Iterator[Host]:
+def machine(request: pytest.FixtureRequest) -> Host:
     """Return each host of the scenario, as root."""
-    yield testinfra.get_host(f"ssh://{request.param}", ssh_config=os.environ["LAB_SSH_CONFIG"])
+    return testinfra.get_host(f"ssh://{request.param}", ssh_config=os.environ["LAB_SSH_CONFIG"])

@@ -108,6 +108,9 @@ def build(spec: EnvironmentSpec, run_command: RunCommand) -> bool:
                     remedy="Check that the wheelhouse was built for this Python and architecture.",
                 )
         shutil.rmtree(cache)
+        # uv's own lock, which everybody could write; nothing changes this environment any more.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(partial, ".lock"))
         os.chmod(partial, 0o755)  # noqa: S103 - the service's user reads it
         os.rename(partial, spec.path)
         fsync_directory(envs)

@@ -28,7 +28,9 @@ def test_directory_tree(machine: Host, path: str, mode: int, group: str) -> None
 
 
 def test_site_authority_is_trusted(machine: Host) -> None:
-    verified = machine.run("openssl verify %s", "/usr/local/share/ca-certificates/fleetfit-site-authority.crt")
+    verified = machine.run(
+        "openssl verify %s", "/usr/local/share/ca-certificates/fleetfit-site-authority.crt"
+    )
     bundle = machine.file("/etc/ssl/certs/ca-certificates.crt").content_string
     assert "".join(CERTIFICATE.read_text().split()[2:-2]) in "".join(bundle.split())
     assert verified.rc in (0, 127)  # 127: openssl is not on every host
@@ -58,4 +60,6 @@ def test_manifest_is_root_only_and_names_the_role(machine: Host) -> None:
 
 
 def test_nothing_world_writable(machine: Host) -> None:
-    assert machine.check_output("find /etc/fleetfit /opt/fleetfit /var/lib/fleetfit -perm -o+w ! -type l") == ""
+    assert (
+        machine.check_output("find /etc/fleetfit /opt/fleetfit /var/lib/fleetfit -perm -o+w ! -type l") == ""
+    )
