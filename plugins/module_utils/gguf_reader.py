@@ -329,11 +329,11 @@ class _Reader:
     def strings(self, length: int, what: str) -> None:
         """Pass over ``length`` strings; each costs 8 bytes of length at least, which bounds the loop by
         the file."""
-        if length * 8 > self.limit - self.position:
-            raise self.truncated(what)
         self.strings_left -= length
         if self.strings_left < 0:
             raise _bad(self.path, f"its arrays hold more than {MAX_ARRAY_STRINGS} strings")
+        if length * 8 > self.limit - self.position:
+            raise self.truncated(what)
         item = f"the length of an item of {what}"
         for _ in range(length):
             size = self.count(MAX_STRING_BYTES, item)
