@@ -50,8 +50,8 @@ def check_ingredients(spec: EnvironmentSpec) -> None:
 def commands(spec: EnvironmentSpec, directory: str) -> list[list[str]]:
     """Return the commands that build the environment in ``directory``.
 
-    ``uv pip sync`` and not ``install``: it takes the list as it is, so that a package that the lock leaves out
-    on purpose is not asked for again.
+    ``uv pip sync`` and not ``install``: it takes the list as it is, so that a package that the lock leaves
+    out on purpose is not asked for again.
     """
     sync = [spec.uv, "pip", "sync", "--python", os.path.join(directory, "bin", "python"), "--require-hashes"]
     sync += ["--no-index", "--offline", "--find-links", spec.find_links]
