@@ -275,13 +275,14 @@ def compute_bytes(
     return max(
         device_compute_bytes(
             shape,
-            Placement(with_output, shape.layers, True, device_count == 1 or not with_output),
+            Placement(with_output, blocks, True, device_count == 1 or not with_output),
             mode,
             tokens=n_ubatch,
             context_tokens=context_tokens,
             attention_inputs=inputs,
         )
         for mode in modes
+        for blocks in (0, shape.layers)
     )
 
 

@@ -1,0 +1,55 @@
+"""Rooflines against published caps, and measurements that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.speed import (
+    LLAMA_CPP_GPU,
+    VLLM_4_BIT,
+    VLLM_8_BIT,
+    VLLM_16_BIT,
+    expected_tokens_per_s,
+    is_impossible,
+    roofline_tokens_per_s,
+    vllm_efficiency,
+)
+
+
+@pytest.mark.parametrize(
+    ("read_gb", "bandwidth_gb_s", "cap"),
+    [(4.37, 360, 82), (7.51, 360, 48), (4.37, 1008, 231), (14.14, 2039, 144)],
+)
+def test_caps_of_7b_are_the_published_ones(read_gb: float, bandwidth_gb_s: float, cap: int) -> None:
+    assert round(roofline_tokens_per_s([(int(read_gb * 1e9), bandwidth_gb_s * 1e9)])) == cap
+
+
+def test_parts_run_one_after_another() -> None:
+    both = roofline_tokens_per_s([(10**9, 1e9), (10**9, 1e9)])
+    assert both == pytest.approx(roofline_tokens_per_s([(2 * 10**9, 1e9)]))
+    assert roofline_tokens_per_s([]) == 0.0
+
+
+def test_the_expected_speed_of_q4_k_m_on_an_rtx_3060() -> None:
+    """Logs of 8B and 14B on that card give about 65 tokens/s for 7B: 0.79 of the cap."""
+    expected = expected_tokens_per_s([(int(4.37e9), 360e9, LLAMA_CPP_GPU)])
+    assert expected == pytest.approx(65, rel=0.08)
+    assert "llama-bench" in LLAMA_CPP_GPU.source
+
+
+def test_a_public_claim_above_the_cap_is_impossible() -> None:
+    """ "RTX 3060, Qwen2.5-Coder-7B Q4_K_M, 119 tok/s" is 1.44 times what the memory can deliver."""
+    assert is_impossible(119, 82.4)
+    assert not is_impossible(65, 82.4)
+    assert not is_impossible(65, None)
+
+
+def test_vllm_factors_by_scheme() -> None:
+    assert vllm_efficiency("AWQ") == VLLM_4_BIT
+    assert vllm_efficiency("FP8") == VLLM_8_BIT
+    assert vllm_efficiency("BF16") == VLLM_16_BIT
+
+
+def test_no_bandwidth_is_an_error() -> None:
+    with pytest.raises(FleetfitError):
+        roofline_tokens_per_s([(1, 0.0)])
