@@ -180,7 +180,7 @@ def device_compute_bytes(
     if mode.all_offloaded and placement.is_first:
         elements = max(vocabulary, width) + (4 * h if placement.has_experts else 5 * h) + whole_gap(shape)
         return 4 * tokens * elements + attention_inputs + SMALL_INPUTS_BYTES
-    peaks = []
+    peaks = [0]
     if placement.has_output:
         # Where the experts' outputs are summed on the way to the output layer, they are inputs of it.
         summed = shape.experts and (shape.shared_expert_intermediate_size or not placement.blocks)
