@@ -685,7 +685,8 @@ def markdown(report: dict[str, Any]) -> str:
         "are real, answers are noise.",
         "",
         "MiB. `log`: llama.cpp's own buffer lines. `NVML`: the process after a full-context prompt. `rest`: "
-        "NVML less the three buffers, against the overhead that the plan takes. `fits`: NVML within the plan's total.",
+        "NVML less the three buffers, against the overhead that the plan takes. `fits`: NVML within the "
+        "plan's total.",
         "",
         "| case | weights plan / log | KV plan / log | compute plan / fit-params / log | rest / overhead "
         "| total plan without margin / NVML | with margin | fits |",

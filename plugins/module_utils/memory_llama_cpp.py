@@ -324,19 +324,30 @@ def layer_devices(shape: ModelShape, n_gpu_layers: int, split: Sequence[float]) 
     to the first whose cumulated share of ``split`` exceeds i/N (llama_model_base::load_tensors).
     """
     count = shape.layers + 1
+    ranges = layer_ranges(count, n_gpu_layers, tuple(split))
+    places: list[Optional[int]] = [None] * count
+    for index, (start, stop) in enumerate(ranges):
+        places[start:stop] = [index] * (stop - start)
+    return tuple(places)
+
+
+@lru_cache(maxsize=4096)
+def layer_ranges(count: int, n_gpu_layers: int, split: tuple[float, ...]) -> tuple[tuple[int, int], ...]:
+    """Return for every device the range of layers it gets, of ``count`` with the output layer as the last
+    one."""
     offloaded = max(0, min(n_gpu_layers, count)) if split else 0
     first = count - offloaded
-    total = float(sum(split)) if split else 0.0
-    shares: list[float] = []
-    cumulated = 0.0
+    total = float(sum(split))
+    ranges = []
+    start, cumulated = first, 0.0
     for part in split:
         cumulated += part
-        shares.append(cumulated / total)
-    places: list[Optional[int]] = [None] * first
-    for layer in range(first, count):
-        position = (layer - first) / offloaded
-        places.append(next((i for i, share in enumerate(shares) if share > position), len(shares) - 1))
-    return tuple(places)
+        stop = start
+        while stop < count and cumulated / total > (stop - first) / offloaded:
+            stop += 1
+        ranges.append((start, stop))
+        start = stop
+    return tuple(ranges)
 
 
 def estimate(
@@ -376,7 +387,6 @@ def estimate(
             remedy="Give one share of zero or more per device, not all zero.",
         )
     layers = all_layers(shape) if n_gpu_layers is None else n_gpu_layers
-    places = layer_devices(shape, layers, split)
     kv = kv_cache_bytes_by_layer(
         shape,
         context_tokens=context_tokens,
@@ -385,22 +395,21 @@ def estimate(
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
     )
-    weights = [0] * len(devices)
-    cache = [0] * len(devices)
-    host_weights = layout.token_embd
-    host_cache = 0
-    for layer, place in enumerate(places[:-1]):
-        size = layout.blocks[layer]
-        if place is None:
-            host_weights += size
-            host_cache += kv[layer]
-            continue
-        if layer < n_cpu_moe:
-            host_weights += layout.block_experts[layer]
-            size -= layout.block_experts[layer]
-        weights[place] += size
-        cache[place] += kv[layer]
-    output_place = places[-1]
+    count = all_layers(shape)
+    ranges = layer_ranges(count, layers, split)
+    used = [index for index, (start, stop) in enumerate(ranges) if start < stop]
+    output_place = used[-1] if used else None
+    # Blocks before the first device's are in RAM; of the others, the first n_cpu_moe leave their experts
+    # there.
+    host_blocks = ranges[used[0]][0] if used else shape.layers
+    weights, cache = [], []
+    host_weights = layout.token_embd + sum(layout.blocks[:host_blocks])
+    host_weights += sum(layout.block_experts[host_blocks:n_cpu_moe])
+    host_cache = sum(kv[:host_blocks])
+    for start, stop in ranges:
+        experts = sum(layout.block_experts[start : min(stop, n_cpu_moe)])
+        weights.append(sum(layout.blocks[start:stop]) - experts)
+        cache.append(sum(kv[start:stop]))
     if output_place is None:
         host_weights += layout.output_norm + (0 if layout.tied else layout.output)
     else:
@@ -415,26 +424,26 @@ def estimate(
         kv_type_k=kv_type_k,
         kv_type_v=kv_type_v,
     )
-    used = sorted({place for place in places if place is not None})
     experts_on_host = bool(shape.experts and n_cpu_moe)
-    everything = bool(devices) and None not in places
+    everything = layers >= count and bool(used)
     # Pipeline copies need every layer on devices and no tensor overridden (llama_context's constructor).
     mode = GraphMode(everything, everything and len(devices) > 1 and not experts_on_host)
     conversion = kv_dequantization_bytes(
         shape, context_tokens=context_tokens, kv_type_k=kv_type_k, kv_type_v=kv_type_v
     )
-    streamed = _largest_host_tensor(layout, places, n_cpu_moe)
+    streamed = _largest_host_tensor(layout, host_blocks, n_cpu_moe)
     terms = []
     for index, device in enumerate(devices):
         if index not in used:
             # A visible device costs its context even where it gets no layer.
             terms.append(MemoryTerms(overhead=device.overhead, margin=device.margin, budget=device.budget))
             continue
-        blocks = [layer for layer, place in enumerate(places[:-1]) if place == index]
+        start, stop = ranges[index]
+        blocks = min(stop, shape.layers) - start
         placement = Placement(
             has_output=index == output_place,
-            blocks=len(blocks),
-            has_experts=not shape.experts or any(layer >= n_cpu_moe for layer in blocks),
+            blocks=blocks,
+            has_experts=not shape.experts or min(stop, shape.layers) > n_cpu_moe,
             is_first=index == used[0],
         )
         compute = device_compute_bytes(
@@ -469,18 +478,15 @@ def estimate(
     return Estimate(devices=tuple(terms), host=host_terms, device_ids=tuple(device.id for device in devices))
 
 
-def _largest_host_tensor(layout: TensorLayout, places: Sequence[Optional[int]], n_cpu_moe: int) -> int:
+def _largest_host_tensor(layout: TensorLayout, host_blocks: int, n_cpu_moe: int) -> int:
     """Return the largest tensor that CUDA copies to a device while it runs a prompt through a layer in RAM.
 
     With operations offloaded (llama.cpp's default), each weight of such a layer is copied before its
     product and freed after it (ggml_backend_sched_split_graph starts a split per weight); read in the
     source, not run.
     """
-    largest = 0
-    for layer, place in enumerate(places[:-1]):
-        if place is None or (layer < n_cpu_moe and layout.block_experts[layer]):
-            largest = max(largest, layout.block_largest[layer])
-    return largest
+    with_experts = n_cpu_moe if any(layout.block_experts) else 0
+    return max(layout.block_largest[: max(host_blocks, with_experts)], default=0)
 
 
 @lru_cache(maxsize=1024)
