@@ -22,7 +22,6 @@ SCHEMA_VERSION = 1
 # The roles' sections in the manifest, in the order in which their services depend on each other.
 SERVICES = {"llama_cpp": "llama-server", "vllm": "vllm", "open_webui": "open-webui"}
 PROBE_TIMEOUT_S = 10.0
-# A plan is kept as good if the engine's own figures stay within what was set aside for it, margin included.
 # The log rounds to 0.01 MiB a line (ggml's "%8.2f MiB").
 ROUNDING_BYTES = 64 * 1024
 
@@ -45,7 +44,7 @@ REMEDIES = {
     "wrong_model": "The engine runs something else than its release: run site.yml again.",
     "open_to_network": "Run site.yml again, which gives the service a loopback address; look for other"
     " programs on the port.",
-    "more_memory": "The prediction was too small: report it with this file. The margin covers it until then.",
+    "more_memory": "The prediction was too small, and the margin pays for it: report it with this report.",
     "unreadable": "Run site.yml again.",
 }
 
@@ -100,8 +99,8 @@ def compare_memory(deployment: Mapping[str, Any], measured: Mapping[str, Any]) -
 
     ``measured`` is what the engine logged (gate.measured_memory): ``CUDA<i>`` is the plan's device i,
     everything else of llama.cpp lies in the host's memory. ``difference_percent`` is measured over predicted
-    minus 1, of the terms that the engine logs; ``ok`` says whether they stay within all that was set aside,
-    margin included.
+    minus 1, of the terms that the engine logs; ``ok`` says whether they stay within what was set aside for
+    the engine: total without margin.
     """
     devices, host = _predicted_devices(deployment)
     on_gpu = {
@@ -130,18 +129,20 @@ def _memory_row(
         # vLLM fills what is free with KV cache: more than planned is what it should do.
         terms["kv_cache"] = min(terms["kv_cache"], wanted["kv_cache"])
     predicted_bytes, measured_bytes = sum(wanted.values()), sum(terms.values())
-    total = max(int(predicted.get("total") or 0), predicted_bytes + int(predicted.get("margin") or 0))
+    # The margin is for what nobody predicts (other programs, fragmentation), not for the engine's own buffers;
+    # what only the CUDA backend adds is in overhead (docs/contracts.md, section 4).
+    set_aside = max(int(predicted.get("total") or 0) - int(predicted.get("margin") or 0), predicted_bytes)
     return {
         "device": device,
         "predicted": wanted,
         "measured": terms,
         "predicted_bytes": predicted_bytes,
         "measured_bytes": measured_bytes,
-        "set_aside_bytes": total,
+        "set_aside_bytes": set_aside,
         "difference_percent": round((measured_bytes / predicted_bytes - 1) * 100, 2)
         if predicted_bytes
         else None,
-        "ok": measured_bytes <= total + ROUNDING_BYTES,
+        "ok": measured_bytes <= set_aside + ROUNDING_BYTES,
     }
 
 
