@@ -129,7 +129,7 @@ def _memory_row(
         # vLLM fills what is free with KV cache: more than planned is what it should do.
         terms["kv_cache"] = min(terms["kv_cache"], wanted["kv_cache"])
     predicted_bytes, measured_bytes = sum(wanted.values()), sum(terms.values())
-    # The margin is for what nobody predicts (other programs, fragmentation), not for the engine's own buffers;
+    # The margin is for what nobody predicts (other programs, fragmentation), not for known buffers;
     # what only the CUDA backend adds is in overhead (docs/contracts.md, section 4).
     set_aside = max(int(predicted.get("total") or 0) - int(predicted.get("margin") or 0), predicted_bytes)
     return {
