@@ -58,8 +58,15 @@ def host_group() -> None:
 @click.option("--profile", help="A GPU profile of the simulated NVML library; none: a host without a GPU.")
 @click.option("--user", default="root", show_default=True, help="Who signs in: root, or ops (sudo).")
 @click.option("--image", help="A podman image to start from instead of the suite's own.")
-def host_up(name: str, suite: str, profile: str | None, user: str, image: str | None) -> None:
+@click.option("--layer", help="A service whose Python environment the host has already: open-webui.")
+def host_up(
+    name: str, suite: str, profile: str | None, user: str, image: str | None, layer: str | None
+) -> None:
     """Start the host NAME and print how to reach it."""
+    if layer is not None:
+        from .layers import ensure_layer
+
+        image = ensure_layer(layer, suite)
     host = containers.start_host(name, suite, user=user, profile=profile, image=image)
     console.print(f"ssh -F {host.ssh_config} {host.name}")
 
