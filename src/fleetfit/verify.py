@@ -17,6 +17,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.errors import Fleetfi
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import format_size
 from ansible_collections.fleetfit.llm.plugins.module_utils.verify import sentence
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 SCHEMA_VERSION = 1
@@ -122,12 +123,20 @@ def run_verify(
 
 
 def memory_text(report: Mapping[str, Any]) -> str:
-    """Return predicted and measured bytes of a report for the table."""
+    """Return predicted and measured bytes of a report for the table, a line for each device."""
     rows = report.get("memory") or []
     return "\n".join(
         f"{row['device']}: {format_size(row['predicted_bytes'])} / {format_size(row['measured_bytes'])}"
         for row in rows
     )
+
+
+def page_text(report: Mapping[str, Any]) -> str:
+    """Return how the chat page answered: yes, no, or a dash where there is none."""
+    page = (report.get("services") or {}).get("open-webui")
+    if page is None:
+        return "-"
+    return "answers" if page.get("state") == "ready" else str(page.get("state") or "no")
 
 
 def speed_text(report: Mapping[str, Any]) -> str:
@@ -142,13 +151,16 @@ def speed_text(report: Mapping[str, Any]) -> str:
 def print_outcome(outcome: Outcome, console: Console) -> None:
     """Print a table of all hosts, then what went wrong and what to do."""
     table = Table(box=None, pad_edge=False)
-    for column in ("host", "verdict", "model", "answer", "tokens/s", "memory: predicted / engine's log"):
-        table.add_column(column)
+    for column in ("host", "verdict", "model", "answer", "tokens/s", "chat page", "memory: plan / log"):
+        table.add_column(column, overflow="fold")
     for host, report in sorted(outcome.reports.items()):
         model = f"{report['model']} {report['variant']}" if report.get("variant") else "-"
         answer = " ".join(str(report.get("answer") or "-").split())[:48]
         verdict = "[green]ok[/green]" if report["state"] == "ok" else f"[red]{report['state']}[/red]"
-        table.add_row(host, verdict, model, answer, speed_text(report), memory_text(report))
+        table.add_row(
+            *(escape(host), verdict, escape(model), escape(answer)),
+            *(speed_text(report), page_text(report), memory_text(report)),
+        )
     console.print(table)
     for host, report in sorted(outcome.reports.items()):
         if report["state"] in ("failed", "not_deployed"):
@@ -198,5 +210,6 @@ def verify(
     if as_json:
         click.echo(json.dumps(outcome.document(), indent=2))
     else:
-        print_outcome(outcome, Console())
+        # Into a file or a pipe, wide enough for whole lines.
+        print_outcome(outcome, Console(width=None if sys.stdout.isatty() else 160))
     sys.exit(outcome.exit_code)

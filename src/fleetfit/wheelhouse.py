@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import click
+import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import (
     DEFAULT_GLIBC,
@@ -67,21 +68,27 @@ def build(
     if as_json:
         click.echo(json.dumps(_as_dict(built), indent=1))
         return
-    click.echo(f"{'found' if built.reused else 'built'}: {built.tar}")
-    click.echo(f"sha256: {built.sha256}")
-    click.echo(
-        f"size: {built.size} bytes, {len(built.requirements)} packages,"
-        f" {built.platform}, CPython {built.python}"
-    )
+    click.echo(f"# {'found' if built.reused else 'built'}: {len(built.requirements)} packages.")
+    click.echo("# For the inventory, with url in place of path where hosts download it:")
+    click.echo(yaml.safe_dump([wheelhouse_entry(built)], sort_keys=False), nl=False)
+
+
+def wheelhouse_entry(built: Wheelhouse) -> dict[str, object]:
+    """Return a wheelhouse as roles take it, such as an entry of open_webui_wheelhouses."""
+    arch, _, glibc = built.platform.partition("-glibc")
+    return {
+        "python": built.python,
+        "arch": arch,
+        "glibc": glibc,
+        "path": str(built.tar),
+        "size": built.size,
+        "sha256": built.sha256,
+    }
 
 
 def _as_dict(built: Wheelhouse) -> dict[str, object]:
     return {
-        "file": str(built.tar),
-        "sha256": built.sha256,
-        "size": built.size,
-        "python": built.python,
-        "platform": built.platform,
+        **wheelhouse_entry(built),
         "requirements": list(built.requirements),
         "reused": built.reused,
     }

@@ -10,12 +10,13 @@ import json
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.python_runtime import choose_environment
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import Wheelhouse, build_first
 from uv import find_uv_bin
+
+from fleetfit.wheelhouse import wheelhouse_entry
 
 from .console import step
 from .images import REPOSITORY, ensure_image, image_exists
@@ -43,19 +44,6 @@ def call(argv, env):
 path, python = sys.argv[1:]
 build(EnvironmentSpec(path, "/uv", python, "/wheelhouse/requirements.txt", "/wheelhouse/wheels"), call)
 """
-
-
-def wheelhouse_entry(built: Wheelhouse) -> dict[str, Any]:
-    """Return a wheelhouse as the role's variable names it."""
-    arch, _, glibc = built.platform.partition("-glibc")
-    return {
-        "python": built.python,
-        "arch": arch,
-        "glibc": glibc,
-        "path": str(built.tar),
-        "size": built.size,
-        "sha256": built.sha256,
-    }
 
 
 def ensure_layer(service: str, suite: str, machine: Machine | None = None) -> str:
