@@ -20,7 +20,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "switch": ("switch", "main_switch"),
     "recover": ("switch", "main_recover"),
     "ready": ("gate", "main"),
-    "check-devices": ("gpu_facts", "main_check_devices"),
+    "check-devices": ("check_devices", "main"),
 }
 USAGE = f"usage: fleetfit-host.pyz --version | {{{','.join(SUBCOMMANDS)}}} [argument …]"
 DIGEST_LENGTH = 16  # hexadecimal digits of the sha256: the directory's name under libexec

@@ -16,9 +16,8 @@ DEVICE_LINE = "CUDA{index}"
 
 
 def _allowed_bytes(terms: Mapping[str, Any]) -> int:
-    """Return what the plan grants the terms that llama-fit-params counts, and its margin for error."""
-    counted = sum(int(terms[name]) for name in ("weights", "kv_cache", "compute", "margin"))
-    return counted + FIT_ROUNDING_BYTES
+    """Return what the plan grants the engine itself (contracts.md §4): the total without the margin."""
+    return int(terms["total"]) - int(terms["margin"]) + FIT_ROUNDING_BYTES
 
 
 def fit_precheck(
