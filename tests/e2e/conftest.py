@@ -105,8 +105,10 @@ class Fleet:
         """Return the command line of a play on our own hosts."""
         entries = {name: {} for name in self.hosts}
         own = {
-            # inventory/lab names a path relative to itself.
+            # inventory/lab names these relative to itself.
             "ansible_ssh_common_args": f"-F {shlex.quote(str(SSH_CONFIG))}",
+            "fleetfit_catalog_dirs": [str(REPO / ".lab/catalog")],
+            "__lab_artifacts": yaml.safe_load((REPO / ".lab/artifacts.yml").read_text()),
             "fleetfit_secrets_dir": str(self.folder / "secrets"),
             "fleetfit_open_webui": False,
         }
