@@ -45,7 +45,7 @@ attributes:
     support: none
     description: There is nothing to show of a secret.
 author:
-  - The fleetfit developers
+  - The fleetfit developers (@fleetfit)
 """
 
 EXAMPLES = r"""

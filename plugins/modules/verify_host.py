@@ -42,7 +42,7 @@ attributes:
     support: none
     description: Nothing changes.
 author:
-  - The fleetfit developers
+  - The fleetfit developers (@fleetfit)
 """
 
 EXAMPLES = r"""

@@ -49,7 +49,7 @@ def address() -> str:
 @pytest.fixture(scope="module")
 def password() -> str:
     """Return the administrator's password from the store where the deployment keeps it."""
-    return (REPO / f"inventory/lab/.secrets/{HOST}/open-webui.admin-password").read_text().strip()
+    return (REPO / f".lab/secrets/{HOST}/open-webui.admin-password").read_text().strip()
 
 
 @pytest.fixture
