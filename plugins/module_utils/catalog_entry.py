@@ -14,8 +14,9 @@ from .model_shape import ModelShape
 
 SCHEMA_VERSION = 1
 
-# Best first. Groups: Llama-3-8B divergences in llama.cpp's perplexity README; where AWQ and GPTQ stand among the GGUF
-# types has no published source and is assumed. "rest" is ordered per model by ``low_quality_order``.
+# Best first. Groups: Llama-3-8B divergences in llama.cpp's perplexity README; where AWQ and GPTQ stand
+# among the GGUF types has no published source and is assumed. "rest" is ordered per model by
+# ``low_quality_order``.
 QUALITY_TIERS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "rest")
 TIER_OF_SCHEME = {
     "F32": "Q8_0",
@@ -36,7 +37,8 @@ ENGINES = ("llama_cpp", "vllm")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a variant; ``size`` in bytes. Either both size and sha256 are known, or the file is unpinned."""
+    """One file of a variant; ``size`` in bytes. Either both size and sha256 are known, or the file is
+    unpinned."""
 
     name: str
     size: Optional[int] = None
@@ -137,7 +139,8 @@ class CatalogEntry:
         )
 
     def shape_of(self, variant: Variant) -> ModelShape:
-        """Return the shape with what differs in this variant (padded layers of some GPTQ and AWQ repositories)."""
+        """Return the shape with what differs in this variant (padded layers of some GPTQ and AWQ
+        repositories)."""
         return replace(self.shape, **dict(variant.shape_overrides)) if variant.shape_overrides else self.shape
 
     def low_quality_rank(self, variant: Variant) -> int:
@@ -227,7 +230,8 @@ def entry_from_dict(data: Mapping[str, Any], *, origin: str) -> CatalogEntry:
 
 
 def merge_overlay(base: Mapping[str, Any], overlay: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """Return ``base`` extended by an overlay (a file with ``extends``): variants are added, or replaced by name.
+    """Return ``base`` extended by an overlay (a file with ``extends``): variants are added, or replaced by
+    name.
 
     Other fields of the overlay replace the base's, except ``extends``, ``id`` and ``schema_version``. Raises
     ``bad_catalog_entry`` where the overlay extends another entry.
@@ -245,7 +249,8 @@ def merge_overlay(base: Mapping[str, Any], overlay: Mapping[str, Any], *, origin
 
 
 def merge_pins(entry: Mapping[str, Any], pins: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """Return ``entry`` with revision, sizes and checksums from a pins file (written by ``fleetfit catalog pin``).
+    """Return ``entry`` with revision, sizes and checksums from a pins file (written by ``fleetfit catalog
+    pin``).
 
     Raises ``bad_catalog_pins`` where the pins are of another repository than the variant's, or of no variant.
     """

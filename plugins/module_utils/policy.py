@@ -23,8 +23,8 @@ MAX_CONTEXT_TOKENS = 1 << 24
 class Policy:
     """What the plan must satisfy; lengths in tokens, sizes in bytes.
 
-    ``min_context_tokens`` is per slot and is the context served, exactly. ``replan`` is about this run only and is no
-    part of the recorded policy.
+    ``min_context_tokens`` is per slot and is the context served, exactly. ``replan`` is about this run only
+    and is no part of the recorded policy.
     """
 
     model: str
@@ -70,8 +70,8 @@ class Policy:
 def policy_from_variables(variables: Mapping[str, Any]) -> Policy:
     """Return the policy that the play variables ``fleetfit_*`` state.
 
-    Raises :class:`FleetfitError`: ``model_not_named`` without ``fleetfit_model``, ``bad_policy`` naming the variable
-    and its value.
+    Raises :class:`FleetfitError`: ``model_not_named`` without ``fleetfit_model``, ``bad_policy`` naming the
+    variable and its value.
     """
     model = variables.get("fleetfit_model")
     if model is None or (isinstance(model, str) and not model.strip()):
@@ -106,8 +106,8 @@ def check_min_context(policy: Policy, native_tokens: int, max_tokens: int, model
         return
     extended = f", {max_tokens} with YaRN" if max_tokens > native_tokens else ""
     raise FleetfitError(
-        f"fleetfit_min_context_tokens is {policy.min_context_tokens}, but {model} supports {native_tokens} tokens"
-        f"{extended}.",
+        f"fleetfit_min_context_tokens is {policy.min_context_tokens}, but {model} supports {native_tokens} "
+        f"tokens{extended}.",
         code="context_above_limit",
         remedy=f"Ask for at most {max_tokens} tokens, or choose a model with a longer context.",
     )

@@ -65,8 +65,9 @@ def load_catalog(
 ) -> Catalog:
     """Return the catalog with overlays (``fleetfit_catalog_dirs``, later ones win) and pins applied.
 
-    A directory holds entries (``*.yml``, or ``models/*.yml``), ``templates/`` and ``pins/<id>.yml``. The result is
-    cached as long as no file's size or time changes. Raises :class:`FleetfitError` with the file's name.
+    A directory holds entries (``*.yml``, or ``models/*.yml``), ``templates/`` and ``pins/<id>.yml``. The
+    result is cached as long as no file's size or time changes. Raises :class:`FleetfitError` with the
+    file's name.
     """
     base = Path(catalog_dir) if catalog_dir is not None else CATALOG_DIR
     directories = [base, *(Path(item).expanduser() for item in overlay_dirs)]

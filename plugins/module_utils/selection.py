@@ -1,0 +1,683 @@
+"""Choose engine, quantization and engine settings for one host: a pure function of facts, policy and catalog.
+
+The order of the decision, in full:
+
+1. Hard constraints, in the order of :data:`REJECTION_CODES`; the first that a candidate breaks is its reason.
+2. A candidate that is wholly resident in GPU memory beats one that is not.
+3. ``prefer: quality``: the better quality tier, then (below Q4_K_M) the model's own order, then the expected
+   speed. ``prefer: speed`` puts the speed before the tier; ``prefer: context`` puts the longest context that
+   would fit before both.
+4. Where all of that is equal: the smaller total memory, then the catalog's order.
+
+The context served is exactly the one asked for; what more would fit is reported and not taken. A KV type
+other than the policy's is never chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+from . import memory_llama_cpp as llama
+from . import memory_vllm as vllm
+from .catalog_entry import CatalogEntry, Variant
+from .engine_args import llama_server_args, vllm_args
+from .errors import FleetfitError
+from .host_view import HostView, compute_capability_number, leading_number
+from .memory import DeviceBudget, Estimate, MemoryTerms
+from .model_shape import ModelShape
+from .placement import LlamaPlacer, Placement, longest_context
+from .policy import Policy, check_min_context
+from .speed import expected_tokens_per_s, roofline_tokens_per_s, vllm_efficiency
+from .tensor_sizes import TensorLayout, layout_from_scheme, safetensors_layout
+from .units import format_gib, format_size
+
+# Stable words for programs, in the order in which the constraints are checked.
+REJECTION_CODES = (
+    "engine_not_available",
+    "licence_not_accepted",
+    "below_min_quality_tier",
+    "kv_type_not_supported",
+    "kv_type_not_allowed",
+    "no_gpu",
+    "mig_not_supported",
+    "compute_capability_too_low",
+    "driver_too_old",
+    "parallelism_not_divisible",
+    "does_not_fit",
+    "too_slow",
+    "speed_unknown",
+    "not_pinned",
+)
+# vLLM serves more sequences than the policy asks for from the same pool; each costs 39 B x vocabulary.
+VLLM_MIN_SEQUENCES = 16
+HOST = "host"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a candidate is not chosen; ``device`` is a device's id or ``host`` where memory was missing."""
+
+    code: str
+    reason: str
+    device: Optional[str] = None
+    short_by_bytes: Optional[int] = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan's form."""
+        return {
+            "code": self.code,
+            "reason": self.reason,
+            "device": self.device,
+            "short_by_bytes": self.short_by_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One engine with one variant on one host: placed, measured against every constraint, explained."""
+
+    engine: str
+    variant: Variant
+    context_tokens: int
+    slots: int
+    kv_type_k: str
+    kv_type_v: str
+    max_context_tokens: int = 0
+    devices: tuple[DeviceBudget, ...] = ()
+    estimate: Estimate = field(default_factory=lambda: Estimate((), MemoryTerms()))
+    gpu_layers: Optional[int] = None
+    resident: bool = False
+    roofline_tokens_per_s: Optional[float] = None
+    expected_tokens_per_s: Optional[float] = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rejected: Optional[Rejection] = None
+    low_quality_rank: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Return whether nothing speaks against this candidate."""
+        return self.rejected is None
+
+    def score(self, prefer: str) -> tuple[float, ...]:
+        """Return the policy's ranking of this candidate; larger is better (see the module's text)."""
+        tier = (-float(self.variant.tier_rank), -float(self.low_quality_rank))
+        speed = self.expected_tokens_per_s or 0.0
+        resident = float(self.resident)
+        if prefer == "speed":
+            return (resident, speed, *tier)
+        if prefer == "context":
+            return (resident, float(self.max_context_tokens), *tier, speed)
+        return (resident, *tier, speed)
+
+    def args(self) -> list[str]:
+        """Return the engine's arguments; empty where the candidate was never placed."""
+        if not self.settings:
+            return []
+        return llama_server_args(self.settings) if self.engine == "llama_cpp" else vllm_args(self.settings)
+
+    def device_terms(self) -> list[dict[str, Any]]:
+        """Return the memory of every device under the plan's names."""
+        return [
+            {"id": device.id, "name": device.name, **terms.as_dict()}
+            for device, terms in zip(self.devices, self.estimate.devices)
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the candidate as the plan and ``fleetfit what-fits --json`` show it."""
+        return {
+            "engine": self.engine,
+            "variant": self.variant.name,
+            "fits": self.fits,
+            "context_tokens": self.context_tokens,
+            "max_context_tokens": self.max_context_tokens,
+            "slots": self.slots,
+            "kv_type_k": self.kv_type_k,
+            "kv_type_v": self.kv_type_v,
+            "gpu_layers": self.gpu_layers,
+            "memory_bytes": self.estimate.total.as_dict(),
+            "devices": self.device_terms(),
+            "host": self.estimate.host.as_dict(),
+            "expected_tokens_per_s": self.expected_tokens_per_s,
+            "roofline_tokens_per_s": self.roofline_tokens_per_s,
+            "args": self.args(),
+            "rejected": None if self.rejected is None else self.rejected.as_dict(),
+        }
+
+
+class NothingFitsError(FleetfitError):
+    """No candidate passed; carries the candidates, each with its reason."""
+
+    def __init__(
+        self, message: str, *, code: str, remedy: Optional[str], candidates: tuple[Candidate, ...]
+    ) -> None:
+        super().__init__(message, code=code, remedy=remedy)
+        self.candidates = candidates
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that one decision depends on.
+
+    ``available_engines`` are those fleetfit can deploy; ``require_pinned`` is false where nothing will be
+    downloaded (planning before buying). ``layouts`` replaces the catalog's arithmetic where a file's own
+    header was read.
+    """
+
+    entry: CatalogEntry
+    policy: Policy
+    view: HostView
+    engines: Mapping[str, Any]
+    available_engines: frozenset[str]
+    require_pinned: bool = True
+    siblings: tuple[CatalogEntry, ...] = ()
+    layouts: Mapping[str, TensorLayout] = field(default_factory=dict)
+
+
+def evaluate(request: Request) -> tuple[Candidate, ...]:
+    """Return every candidate of the model on this host in the catalog's order, each fitting or rejected.
+
+    Raises ``context_above_limit`` where the policy asks for more context than the model has at all.
+    """
+    entry, policy = request.entry, request.policy
+    check_min_context(policy, entry.native_context_tokens, entry.max_context_tokens, entry.id)
+    found = []
+    for variant in entry.variants:
+        for engine in variant.engines:
+            if policy.engine not in ("auto", engine):
+                continue
+            evaluator = _llama_candidate if engine == "llama_cpp" else _vllm_candidate
+            found.append(evaluator(request, variant))
+    return tuple(found)
+
+
+def choose(candidates: Sequence[Candidate], prefer: str) -> Optional[Candidate]:
+    """Return the best candidate that fits, or None."""
+    best: Optional[Candidate] = None
+    for item in candidates:
+        if item.fits and (best is None or _key(item, prefer) > _key(best, prefer)):
+            best = item
+    return best
+
+
+def select(request: Request) -> tuple[Candidate, tuple[Candidate, ...]]:
+    """Return (the chosen candidate, all candidates).
+
+    Raises :class:`NothingFitsError` saying by how much each candidate missed and the least changes that
+    would fit.
+    """
+    candidates = evaluate(request)
+    best = choose(candidates, request.policy.prefer)
+    if best is None:
+        raise nothing_fits(request, candidates)
+    return best, candidates
+
+
+def nothing_fits(request: Request, candidates: tuple[Candidate, ...]) -> NothingFitsError:
+    """Return the error for a host on which no candidate passed."""
+    entry, policy = request.entry, request.policy
+    unpinned = [item for item in candidates if item.rejected and item.rejected.code == "not_pinned"]
+    if unpinned:
+        names = ", ".join(item.variant.name for item in unpinned)
+        return NothingFitsError(
+            f"The files of {entry.id} that would fit ({names}) have no checksum in the catalog "
+            f"({entry.origin}), so a download could not be verified.",
+            code="model_not_pinned",
+            remedy=f"Run `fleetfit catalog pin {entry.id}` where the hub or a mirror of it can be reached.",
+            candidates=candidates,
+        )
+    if not candidates:
+        return NothingFitsError(
+            f"{entry.id} has no variant for the engine {policy.engine} ({entry.origin}).",
+            code="no_variant_for_engine",
+            remedy="Choose another engine (fleetfit_engine), or add a variant in an overlay.",
+            candidates=candidates,
+        )
+    codes = {item.rejected.code for item in candidates if item.rejected}
+    code = codes.pop() if len(codes) == 1 else "nothing_fits"
+    reasons = "; ".join(
+        f"{item.engine} {item.variant.name}: {item.rejected.reason}" for item in candidates if item.rejected
+    )
+    changes = least_changes(request, candidates)
+    return NothingFitsError(
+        f"No variant of {entry.id} meets the policy on this host ({policy.min_context_tokens} tokens x "
+        f"{policy.slots} slots). {reasons}.",
+        code=code,
+        remedy=(
+            "Any one of these would do: " + "; ".join(changes) + "."
+            if changes
+            else "No smaller context, lower tier or smaller sibling would do: the host needs more memory."
+        ),
+        candidates=candidates,
+    )
+
+
+def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str]:
+    """Return the smallest single changes of the policy under which something would fit, the mildest first."""
+    policy = request.policy
+    changes = []
+    if any(item.rejected and item.rejected.code == "licence_not_accepted" for item in candidates):
+        changes.append(
+            f"accept the licence {request.entry.licence} (fleetfit_accepted_licences), after reading it at "
+            f"{request.entry.licence_url}"
+        )
+    if any(item.rejected and item.rejected.code == "too_slow" for item in candidates):
+        fastest = max(item.expected_tokens_per_s or 0.0 for item in candidates)
+        changes.append(f"fleetfit_min_tokens_per_s={int(fastest)}")
+    if policy.engine != "auto":
+        changes += _as_change(request, replace(policy, engine="auto"), "fleetfit_engine=auto")
+    if policy.slots > 1:
+        for slots in range(policy.slots - 1, 0, -1):
+            change = _as_change(request, replace(policy, slots=slots), f"fleetfit_slots={slots}")
+            if change:
+                changes += change
+                break
+    shorter = max(
+        (
+            item.max_context_tokens
+            for item in candidates
+            if item.rejected and item.rejected.code == "does_not_fit"
+        ),
+        default=0,
+    )
+    if 0 < shorter < policy.min_context_tokens:
+        changes += _as_change(
+            request,
+            replace(policy, min_context_tokens=shorter),
+            f"fleetfit_min_context_tokens={shorter}",
+        )
+    if policy.kv_type == "f16":
+        changes += _as_change(request, replace(policy, kv_type="q8_0"), "fleetfit_kv_type=q8_0")
+    if policy.min_quality_tier != "rest":
+        changes += _as_change(
+            request, replace(policy, min_quality_tier="rest"), "fleetfit_min_quality_tier=rest"
+        )
+    for sibling in request.siblings:
+        if sibling.parameters >= request.entry.parameters:
+            continue
+        if policy.min_context_tokens > sibling.max_context_tokens:
+            continue
+        smaller = replace(
+            request,
+            entry=sibling,
+            policy=replace(policy, model=sibling.id),
+            siblings=(),
+            require_pinned=False,
+        )
+        best = choose(evaluate(smaller), policy.prefer)
+        if best is not None:
+            changes.append(f"the smaller model {sibling.id} ({best.variant.name} would fit)")
+            break
+    return changes
+
+
+def _as_change(request: Request, policy: Policy, text: str) -> list[str]:
+    """Return the change's text with the variant it leads to, or nothing where it does not help."""
+    changed = replace(request, policy=policy, siblings=(), require_pinned=False)
+    best = choose(evaluate(changed), policy.prefer)
+    return [] if best is None else [f"{text} ({best.variant.name} would fit)"]
+
+
+def _key(item: Candidate, prefer: str) -> tuple[float, ...]:
+    return (*item.score(prefer), -float(item.estimate.total.total))
+
+
+def layout_of(entry: CatalogEntry, variant: Variant) -> TensorLayout:
+    """Return where the bytes of a variant's files are, from the model's shape and the scheme's rules."""
+    shape = entry.shape_of(variant)
+    if variant.format == "safetensors":
+        return safetensors_layout(shape, variant.scheme)
+    return layout_from_scheme(shape, variant.scheme)
+
+
+def rope_settings(entry: CatalogEntry, context_tokens: int) -> Optional[dict[str, Any]]:
+    """Return the context-extension settings that a context needs, or None within the native context.
+
+    Without them engines cap the context silently while the memory for all of it is taken.
+    """
+    native = entry.native_context_tokens
+    if context_tokens <= native or not entry.rope_scaling:
+        return None
+    return {
+        "scaling": entry.rope_scaling,
+        "scale": entry.extended_context_tokens / native,
+        "original_context_tokens": native,
+    }
+
+
+def _common_rejection(request: Request, variant: Variant, engine: str) -> Optional[Rejection]:
+    entry, policy = request.entry, request.policy
+    if engine not in request.available_engines:
+        return Rejection(
+            "engine_not_available", f"fleetfit has no role that installs {engine} (roles/{engine} is missing)"
+        )
+    if entry.licence_needs_acceptance and entry.licence not in policy.accepted_licences:
+        return Rejection(
+            "licence_not_accepted",
+            f"the licence {entry.licence} is not in fleetfit_accepted_licences ({entry.licence_url})",
+        )
+    if variant.tier_rank > policy.min_tier_rank:
+        return Rejection(
+            "below_min_quality_tier",
+            f"its quality tier {variant.quality_tier} is below fleetfit_min_quality_tier "
+            f"{policy.min_quality_tier}",
+        )
+    kv_type = policy.kv_type
+    supported = llama.KV_TYPES if engine == "llama_cpp" else ("f16", "fp8")
+    if kv_type not in supported:
+        return Rejection(
+            "kv_type_not_supported", f"{engine} has no KV type {kv_type} (it has {', '.join(supported)})"
+        )
+    if engine == "llama_cpp" and kv_type not in entry.kv_keys:
+        return Rejection(
+            "kv_type_not_allowed",
+            f"keys in {kv_type} are not allowed for {entry.id} (only {', '.join(entry.kv_keys)})"
+            + (f": {entry.kv_source}" if entry.kv_source else ""),
+        )
+    if engine == "llama_cpp" and kv_type not in entry.kv_values:
+        return Rejection(
+            "kv_type_not_allowed",
+            f"values in {kv_type} are not allowed for {entry.id} (only {', '.join(entry.kv_values)})",
+        )
+    return None
+
+
+def _speed_rejection(request: Request, expected: Optional[float]) -> Optional[Rejection]:
+    wanted = request.policy.min_tokens_per_s
+    if wanted <= 0:
+        return None
+    if expected is None:
+        return Rejection(
+            "speed_unknown",
+            "the memory bandwidth of a device is unknown, so fleetfit_min_tokens_per_s cannot be checked",
+        )
+    if expected < wanted:
+        return Rejection(
+            "too_slow", f"about {expected:.1f} tokens/s expected, fleetfit_min_tokens_per_s is {wanted:g}"
+        )
+    return None
+
+
+def _pin_rejection(request: Request, variant: Variant) -> Optional[Rejection]:
+    if request.require_pinned and not variant.pinned:
+        return Rejection(
+            "not_pinned",
+            f"its files have no checksum; run `fleetfit catalog pin {request.entry.id}`",
+        )
+    return None
+
+
+def _memory_rejection(estimate: Estimate, devices: Sequence[DeviceBudget]) -> Rejection:
+    """Return the sentence naming the place that is most short, and by how much."""
+    places = [(device.id, device.name, terms) for device, terms in zip(devices, estimate.devices)]
+    places.append((HOST, "the host's RAM", estimate.host))
+    identity, name, terms = max(places, key=lambda place: place[2].short_by)
+    short = max(terms.short_by, 0)
+    return Rejection(
+        "does_not_fit",
+        f"{name} is short by {format_size(short)}: it needs {format_gib(terms.total)} of "
+        f"{format_gib(terms.budget)}",
+        device=identity,
+        short_by_bytes=short,
+    )
+
+
+def _llama_device_rejection(request: Request) -> Optional[Rejection]:
+    """Return why no CUDA build of llama.cpp can use this host's devices, if so."""
+    view = request.view
+    if not view.devices:
+        return None
+    builds = request.engines["engines"]["llama_cpp"]["builds"]
+    lowest = min(
+        (compute_capability_number(device.compute_capability or "0.0"), device.name)
+        for device in view.devices
+    )
+    able = [item for item in builds if lowest[0] >= compute_capability_number(item["min_compute_capability"])]
+    if not able:
+        return Rejection(
+            "compute_capability_too_low",
+            f"{lowest[1]} has compute capability {lowest[0][0]}.{lowest[0][1]}, below every CUDA build's",
+        )
+    needed = min(leading_number(item["min_driver"]) for item in able)
+    if view.driver_major is None or view.driver_major < needed:
+        return Rejection(
+            "driver_too_old",
+            f"driver {view.driver_version or 'none'} is older than {needed}, which CUDA needs",
+        )
+    return None
+
+
+def _llama_candidate(request: Request, variant: Variant) -> Candidate:
+    entry, policy, view = request.entry, request.policy, request.view
+    shape = entry.shape_of(variant)
+    layout = request.layouts.get(variant.name) or layout_of(entry, variant)
+    kv_type = policy.kv_type
+    candidate = Candidate(
+        engine="llama_cpp",
+        variant=variant,
+        context_tokens=policy.min_context_tokens,
+        slots=policy.slots,
+        kv_type_k=kv_type,
+        kv_type_v=kv_type,
+        low_quality_rank=entry.low_quality_rank(variant),
+    )
+    rejected = _common_rejection(request, variant, "llama_cpp")
+    if kv_type not in llama.KV_TYPES:
+        return replace(candidate, rejected=rejected)
+    placer = LlamaPlacer(
+        shape, layout, view, slots=policy.slots, kv_type_k=kv_type, kv_type_v=kv_type, cache_ram_bytes=0
+    )
+    rejected = rejected or _llama_device_rejection(request)
+    placement = placer.best(policy.min_context_tokens)
+    if placement is None:
+        placement = placer.nearest(policy.min_context_tokens)
+        rejected = rejected or _memory_rejection(placement.estimate, placement.devices)
+        longest = placer.max_context_anyhow(entry.max_context_tokens)
+    else:
+        longest = placer.max_context_tokens(placement, entry.max_context_tokens)
+        # The policy's own context fits although its multiple of 256 may not divide the limit.
+        longest = max(longest, policy.min_context_tokens)
+        rejected = rejected or _speed_rejection(request, placement.expected_tokens_per_s)
+        rejected = rejected or _pin_rejection(request, variant)
+    return replace(
+        candidate,
+        max_context_tokens=longest,
+        devices=placement.devices,
+        estimate=placement.estimate,
+        gpu_layers=placement.n_gpu_layers,
+        resident=placement.resident,
+        roofline_tokens_per_s=placement.roofline_tokens_per_s,
+        expected_tokens_per_s=placement.expected_tokens_per_s,
+        settings=_llama_settings(entry, variant, policy, view, placement),
+        rejected=rejected,
+    )
+
+
+def _llama_settings(
+    entry: CatalogEntry, variant: Variant, policy: Policy, view: HostView, placement: Placement
+) -> dict[str, Any]:
+    many = len(placement.devices) > 1
+    return {
+        "model_file": variant.model_file,
+        "n_ctx": llama.n_ctx(policy.min_context_tokens, policy.slots),
+        "slots": policy.slots,
+        "n_batch": llama.DEFAULT_BATCH_TOKENS,
+        "n_ubatch": llama.DEFAULT_UBATCH_TOKENS,
+        "n_gpu_layers": placement.n_gpu_layers,
+        "flash_attention": "on",
+        "kv_type_k": policy.kv_type,
+        "kv_type_v": policy.kv_type,
+        "split_mode": "layer" if many else "none",
+        "tensor_split": list(placement.tensor_split) if many else None,
+        "cache_ram_mib": 0,
+        "load_mode": "mmap",
+        "repack": False,
+        "n_cpu_moe": placement.n_cpu_moe,
+        "rope": rope_settings(entry, policy.min_context_tokens),
+        "threads": view.threads,
+        "served_model_name": entry.id,
+        "device_uuids": [device.id for device in placement.devices],
+        "jinja": True,
+    }
+
+
+def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
+    entry, policy, view = request.entry, request.policy, request.view
+    engine = request.engines["engines"]["vllm"]
+    shape = entry.shape_of(variant)
+    layout = request.layouts.get(variant.name) or layout_of(entry, variant)
+    kv_dtype = "fp8" if policy.kv_type == "fp8" else "auto"
+    candidate = Candidate(
+        engine="vllm",
+        variant=variant,
+        context_tokens=policy.min_context_tokens,
+        slots=policy.slots,
+        kv_type_k=policy.kv_type,
+        kv_type_v=policy.kv_type,
+        low_quality_rank=entry.low_quality_rank(variant),
+    )
+    rejected = _common_rejection(request, variant, "vllm") or _vllm_device_rejection(engine, variant, view)
+    if rejected is not None and rejected.code in ("kv_type_not_supported", "no_gpu", "mig_not_supported"):
+        return replace(candidate, rejected=rejected)
+    if not view.devices:
+        return replace(candidate, rejected=rejected)
+    sequences = max(policy.slots, VLLM_MIN_SEQUENCES)
+
+    def placed(group: tuple[DeviceBudget, ...], tensor: int, context_tokens: int) -> vllm.VllmEstimate:
+        return vllm.estimate(
+            shape,
+            layout,
+            context_tokens=context_tokens,
+            slots=policy.slots,
+            devices=group,
+            max_num_seqs=sequences,
+            kv_cache_dtype=kv_dtype,
+            tensor_parallel=tensor,
+            pipeline_parallel=len(group) // tensor,
+            host=view.host,
+        )
+
+    best: Optional[tuple[tuple[float, float, int], tuple[DeviceBudget, ...], int, vllm.VllmEstimate]] = None
+    refusal: Optional[FleetfitError] = None
+    for group, tensor in _vllm_groups(view.devices):
+        try:
+            estimate = placed(group, tensor, policy.min_context_tokens)
+        except FleetfitError as error:
+            refusal = refusal or error
+            continue
+        missing = sum(max(0, terms.short_by) for terms in (*estimate.devices, estimate.host))
+        speed = _vllm_speed(layout, group, tensor, shape)[1]
+        rank = (-float(missing), speed or 0.0, -len(group))
+        if best is None or rank > best[0]:
+            best = (rank, group, tensor, estimate)
+    if best is None:
+        reason = refusal.message if refusal else "no group of its GPUs can serve it"
+        return replace(candidate, rejected=rejected or Rejection("parallelism_not_divisible", reason))
+    _, group, tensor, estimate = best
+    roofline, expected = _vllm_speed(layout, group, tensor, shape)
+    if not estimate.fits:
+        rejected = rejected or _memory_rejection(estimate, group)
+    rejected = rejected or _speed_rejection(request, expected) or _pin_rejection(request, variant)
+    longest = longest_context(lambda tokens: placed(group, tensor, tokens).fits, entry.max_context_tokens)
+    if estimate.fits:
+        longest = max(longest, policy.min_context_tokens)
+    lowest = min(compute_capability_number(device.compute_capability or "0.0") for device in group)
+    bfloat16 = lowest >= compute_capability_number(engine["bfloat16_min_compute_capability"])
+    return replace(
+        candidate,
+        max_context_tokens=longest,
+        devices=group,
+        estimate=estimate,
+        resident=True,
+        roofline_tokens_per_s=roofline,
+        expected_tokens_per_s=expected,
+        settings={
+            "max_model_len": policy.min_context_tokens,
+            "max_num_seqs": sequences,
+            "max_num_batched_tokens": vllm.DEFAULT_BATCHED_TOKENS,
+            "gpu_memory_utilization": estimate.gpu_memory_utilization,
+            "tensor_parallel": tensor,
+            "pipeline_parallel": len(group) // tensor,
+            "kv_cache_dtype": kv_dtype,
+            "dtype": "bfloat16" if bfloat16 and variant.scheme == "BF16" else "half",
+            "enforce_eager": False,
+            "rope": rope_settings(entry, policy.min_context_tokens),
+            "tool_call_parser": entry.tool_call_parser,
+            "served_model_name": entry.id,
+            "device_uuids": [device.id for device in group],
+        },
+        rejected=rejected,
+    )
+
+
+def _vllm_device_rejection(
+    engine: Mapping[str, Any], variant: Variant, view: HostView
+) -> Optional[Rejection]:
+    if not view.devices:
+        return Rejection("no_gpu", "vLLM needs an NVIDIA GPU, and this host has none to use")
+    if any(device.mig for device in view.devices) and not engine["supports_mig"]:
+        return Rejection("mig_not_supported", "vLLM on an instance of a partitioned card was never run")
+    scheme = engine["schemes"].get(variant.scheme, {})
+    floor = compute_capability_number(
+        str(scheme.get("min_compute_capability", engine["min_compute_capability"]))
+    )
+    floor = max(floor, compute_capability_number(engine["min_compute_capability"]))
+    able = [
+        device
+        for device in view.devices
+        if compute_capability_number(device.compute_capability or "0.0") >= floor
+    ]
+    if not able:
+        best = max(
+            view.devices, key=lambda device: compute_capability_number(device.compute_capability or "0.0")
+        )
+        return Rejection(
+            "compute_capability_too_low",
+            f"{best.name} has compute capability {best.compute_capability or 'unknown'}; vLLM needs "
+            f"{floor[0]}.{floor[1]} for {variant.scheme}",
+            device=best.id,
+        )
+    needed = min(leading_number(item["min_driver"]) for item in engine["wheels"])
+    if view.driver_major is None or view.driver_major < needed:
+        return Rejection(
+            "driver_too_old",
+            f"driver {view.driver_version or 'none'} is older than {needed}, which every vLLM wheel needs",
+        )
+    return None
+
+
+def _vllm_groups(devices: Sequence[DeviceBudget]) -> list[tuple[tuple[DeviceBudget, ...], int]]:
+    """Return (devices, tensor parallelism) worth trying: each alone, then 2, 4 and 8 as tensors, else as a
+    pipeline."""
+    groups: list[tuple[tuple[DeviceBudget, ...], int]] = [((device,), 1) for device in devices]
+    ranked = sorted(devices, key=lambda item: (-item.budget, item.id))
+    for size in range(2, len(ranked) + 1):
+        group = tuple(ranked[:size])
+        if size in (2, 4, 8) and len({device.name for device in group}) == 1:
+            groups.append((group, size))
+        groups.append((group, 1))
+    return groups
+
+
+def _vllm_speed(
+    layout: TensorLayout, group: Sequence[DeviceBudget], tensor: int, shape: ModelShape
+) -> tuple[Optional[float], Optional[float]]:
+    """Return (roofline, expected) tokens/s of one stream: stages one after another, ranks of a stage at
+    once."""
+    if any(not device.bandwidth_bytes_per_s for device in group):
+        return None, None
+    experts = sum(layout.block_experts)
+    active = sum(layout.blocks) - experts
+    if experts:
+        active += experts * shape.experts_used // shape.experts
+    read = active + layout.output_norm + layout.output_head
+    stages = len(group) // tensor
+    efficiency = vllm_efficiency(layout.scheme)
+    parts = []
+    for stage in range(stages):
+        ranks = group[stage * tensor : (stage + 1) * tensor]
+        slowest = min(device.bandwidth_bytes_per_s or 0.0 for device in ranks)
+        parts.append((read // stages // tensor, slowest, efficiency))
+    roofline = roofline_tokens_per_s([(size, bandwidth) for size, bandwidth, _ in parts])
+    return round(roofline, 2), round(expected_tokens_per_s(parts), 2)
