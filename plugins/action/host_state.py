@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.plan import previous_of
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.probe_action import ProbeAction
 
 
@@ -10,3 +14,21 @@ class ActionModule(ProbeAction):
 
     MODULE_NAME = "fleetfit.llm.host_state"
     TELLS_TIME = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Probe, and keep of the last plan what the next one needs as the fact fleetfit_previous_plan."""
+        result = super().run(tmp, task_vars)
+        if "ansible_facts" in result:
+            sections = (result.get("manifest") or {}).get("sections") or {}
+            try:
+                previous = previous_of(sections.get("plan"))
+            except FleetfitError as error:
+                return {
+                    **result,
+                    "failed": True,
+                    "msg": str(error),
+                    "code": error.code,
+                    "remedy": error.remedy,
+                }
+            result["ansible_facts"]["fleetfit_previous_plan"] = previous
+        return result

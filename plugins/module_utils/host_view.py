@@ -23,6 +23,7 @@ BLOCKING_PROBLEMS = frozenset(
         "nvml_no_permission",
         "nvml_error",
         "gpu_lost",
+        "memory_not_supported",
         "probe_failed",
     }
 )
@@ -111,8 +112,8 @@ def view_of_facts(
     """Return the planner's view of a host's facts (contract 1).
 
     Reads ``stable``, ``foreign_bytes`` and ``problems`` only. Raises :class:`FleetfitError`: the problem's
-    own code where the host's GPUs cannot be used as they are, ``unified_memory_not_recognised`` for memory
-    that NVML does not report on a device that the catalog does not know as unified.
+    own code where the host's GPUs cannot be used as they are, ``unified_memory_not_recognised`` for a device
+    whose memory is neither reported nor recognised as the host's own.
     """
     if facts.get("schema_version") != FACTS_SCHEMA_VERSION:
         raise FleetfitError(
@@ -131,7 +132,7 @@ def view_of_facts(
     devices: tuple[DeviceBudget, ...] = ()
     notes: list[str] = []
     if policy.use_gpus:
-        _check_problems(facts.get("problems") or ())
+        _check_problems(facts.get("problems") or (), policy.accepted_problems)
         devices = _devices(facts, policy, gpus, host, notes)
     elif stable.get("accelerators"):
         notes.append("fleetfit_use_gpus is false: the host's GPUs are left alone")
@@ -148,9 +149,9 @@ def view_of_facts(
     )
 
 
-def _check_problems(problems: Sequence[Mapping[str, Any]]) -> None:
+def _check_problems(problems: Sequence[Mapping[str, Any]], accepted: Sequence[str]) -> None:
     for problem in problems:
-        if problem["code"] in BLOCKING_PROBLEMS:
+        if problem["code"] in BLOCKING_PROBLEMS and problem["code"] not in accepted:
             raise FleetfitError(
                 str(problem["message"]),
                 code=str(problem["code"]),
@@ -168,7 +169,7 @@ def _devices(
     cards = cards_of(gpus)
     foreign = facts.get("foreign_bytes") or {}
     accelerators = sorted(
-        facts["stable"].get("accelerators") or (), key=lambda item: (item.get("index", 0), item["uuid"])
+        facts["stable"].get("accelerators") or (), key=lambda item: (item.get("index") or 0, item["uuid"])
     )
     parents = {item["uuid"]: item for item in accelerators}
     devices = []
@@ -182,16 +183,20 @@ def _devices(
         card = find_card(
             cards, parent["name"] if parent else name, (parent or item).get("memory_total_bytes")
         )
-        kind = "dedicated"
-        if item.get("memory_kind") == "unified" or total is None:
-            if card is None or card.memory_kind != "unified":
+        if total is None:
+            if not policy.accepted_problems:
                 raise FleetfitError(
                     f"The driver does not report the memory of {name} ({item['uuid']}), and it is no device "
                     "that is known to share the host's memory.",
                     code="unified_memory_not_recognised",
-                    remedy="Repair the driver, or leave the GPU out with fleetfit_use_gpus=false.",
+                    remedy="Repair the driver, or leave the GPUs out with fleetfit_use_gpus=false.",
                 )
-            kind, total = "unified", host.budget
+            notes.append(f"{name} ({item['uuid']}) is left out: its memory is not known")
+            continue
+        kind = "unified" if item.get("memory_kind") == "unified" else "dedicated"
+        if kind == "unified":
+            # What a device shares with the host is the host's, within its own limit.
+            total = min(int(total), host.budget)
         reserved = item.get("memory_reserved_bytes")
         if reserved is None:
             reserved = 0 if kind == "unified" else _unseen_reserved(card, total, gpus)

@@ -143,10 +143,30 @@ class LlamaPlacer:
                 counts = self._fill(group, context_tokens, n_cpu_moe=n_cpu_moe)
                 if counts is None:
                     continue
-                placement = self._placement(group, counts, n_cpu_moe, context_tokens)
-                if placement.estimate.fits:
+                placement = self._trimmed(group, counts, n_cpu_moe, context_tokens)
+                if placement is not None:
                     found.append(placement)
         return _best(found)
+
+    def _trimmed(
+        self,
+        group: tuple[DeviceBudget, ...],
+        counts: tuple[int, ...],
+        n_cpu_moe: int,
+        context_tokens: int,
+    ) -> Optional[Placement]:
+        """Return the placement with the most layers on the first device that the memory model allows.
+
+        A part of a model has buffers that depend on which part it is; the filling takes a usual one.
+        """
+        while counts[0] > 0:
+            placement = self._placement(group, counts, n_cpu_moe, context_tokens)
+            if placement.estimate.fits:
+                return placement
+            if all(terms.fits for terms in placement.estimate.devices):
+                return None  # the host's RAM is short, and fewer layers on devices need more of it
+            counts = (counts[0] - 1, *counts[1:])
+        return None
 
     def _on_cpu(self, context_tokens: int) -> Placement:
         return self._placement((), (), 0, context_tokens)
@@ -178,49 +198,42 @@ class LlamaPlacer:
     def _fill(
         self, group: Sequence[DeviceBudget], context_tokens: int, *, n_cpu_moe: int
     ) -> Optional[tuple[int, ...]]:
-        """Return the layers per device; the first keeps room for weights that stay in RAM, if any do."""
-        counts = self._fill_beside(group, context_tokens, n_cpu_moe=n_cpu_moe, streamed=0)
-        if counts is not None and sum(counts) == self._all and n_cpu_moe == 0:
-            return counts
-        streamed = llama.streamed_weight_bytes(self.layout)
-        return self._fill_beside(group, context_tokens, n_cpu_moe=n_cpu_moe, streamed=streamed)
-
-    def _fill_beside(
-        self, group: Sequence[DeviceBudget], context_tokens: int, *, n_cpu_moe: int, streamed: int
-    ) -> Optional[tuple[int, ...]]:
-        """Return the layers per device (the last one's include the output layer), filling from the model's
-        end.
+        """Return the layers per device (the last one's include the output layer), filling from the end.
 
         None where a device of the group would get nothing: a smaller group then says the same.
         """
-        shape, layout = self.shape, self.layout
+        whole = self._filled(group, context_tokens, n_cpu_moe, everything=True)
+        if whole is not None and sum(whole) == self._all:
+            return whole
+        counts = self._filled(group, context_tokens, n_cpu_moe, everything=False)
+        if counts is None or sum(counts) == self._all:
+            # What would need no part in RAM, but for the buffers that only a whole model has.
+            counts = None if counts is None else (counts[0] - 1, *counts[1:])
+        return None if counts is None or 0 in counts else counts
+
+    def _filled(
+        self, group: Sequence[DeviceBudget], context_tokens: int, n_cpu_moe: int, *, everything: bool
+    ) -> Optional[tuple[int, ...]]:
+        layout = self.layout
         kv = self._kv_by_layer(context_tokens)
-        extra = llama.kv_dequantization_bytes(
-            shape, context_tokens=context_tokens, kv_type_k=self.kv_type_k, kv_type_v=self.kv_type_v
-        )
+        mode = llama.GraphMode(everything, everything and len(group) > 1 and not n_cpu_moe)
         counts = [0] * len(group)
-        layer = shape.layers - 1
+        layer = self.shape.layers - 1
         for index in range(len(group) - 1, -1, -1):
             device = group[index]
             is_last = index == len(group) - 1
-            compute = llama.compute_bytes(
-                shape,
-                context_tokens=context_tokens,
-                n_ubatch=self.n_ubatch,
-                with_output=is_last,
-                device_count=len(group),
-            )
-            room = device.budget - device.overhead - device.margin - compute - extra
-            if index == 0:
-                room -= streamed
+            room = device.budget - device.overhead - device.margin
+            room -= self._buffers(context_tokens, mode, is_last, index == 0)
+            if index == 0 and (n_cpu_moe or not everything):
+                room -= max(layout.block_largest[: n_cpu_moe if everything else None], default=0)
             if is_last:
                 room -= layout.output_norm + layout.output_head
                 if room < 0:
                     return None
                 counts[index] = 1
             if device.memory_kind == "unified":
-                # The host's part of the engine lives in the same memory, and what is not offloaded too.
-                room -= self._host_need(context_tokens)
+                # The host's part of the engine lives in the same memory.
+                room -= self._host_need(context_tokens, mode, bool(n_cpu_moe))
             while layer >= 0:
                 size = layout.blocks[layer] + kv[layer]
                 if layer < n_cpu_moe:
@@ -233,6 +246,33 @@ class LlamaPlacer:
             if counts[index] == 0:
                 return None
         return tuple(counts)
+
+    def _inputs(self, context_tokens: int) -> tuple[int, int]:
+        """Return (tokens of a micro-batch, bytes of the attention's inputs)."""
+        tokens = llama.graph_tokens(self.n_ubatch, context_tokens, self.slots)
+        return tokens, llama.attention_input_bytes(
+            self.shape,
+            tokens=tokens,
+            context_tokens=context_tokens,
+            n_ubatch=self.n_ubatch,
+            kv_type_k=self.kv_type_k,
+            kv_type_v=self.kv_type_v,
+        )
+
+    def _buffers(self, context_tokens: int, mode: llama.GraphMode, is_last: bool, is_first: bool) -> int:
+        """Return the compute buffer of a device that holds several blocks, and CUDA's converted cache
+        layer."""
+        tokens, inputs = self._inputs(context_tokens)
+        return llama.device_compute_bytes(
+            self.shape,
+            llama.Placement(is_last, 2, True, is_first),
+            mode,
+            tokens=tokens,
+            context_tokens=context_tokens,
+            attention_inputs=inputs,
+        ) + llama.kv_dequantization_bytes(
+            self.shape, context_tokens=context_tokens, kv_type_k=self.kv_type_k, kv_type_v=self.kv_type_v
+        )
 
     def _balanced(self, placement: Placement, context_tokens: int) -> Placement:
         """Return the placement with its layers spread by budget, where the devices are equally fast and it
@@ -306,17 +346,19 @@ class LlamaPlacer:
         )
         return replace(estimate, devices=terms)
 
-    def _host_need(self, context_tokens: int) -> int:
+    def _host_need(self, context_tokens: int, mode: llama.GraphMode, experts_on_host: bool) -> int:
         """Return what the host holds beside fully offloaded layers: the embeddings and a compute buffer."""
+        tokens, inputs = self._inputs(context_tokens)
         return (
             self.layout.token_embd
             + self.cache_ram_bytes
-            + llama.compute_bytes(
+            + llama.host_compute_bytes(
                 self.shape,
-                context_tokens=context_tokens,
-                n_ubatch=self.n_ubatch,
-                with_output=False,
-                device_count=1,
+                mode,
+                tokens=tokens,
+                attention_inputs=inputs,
+                any_offloaded=True,
+                experts_on_host=experts_on_host,
             )
         )
 

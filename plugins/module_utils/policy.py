@@ -40,6 +40,7 @@ class Policy:
     use_gpus: bool = True
     open_webui: bool = False
     simulated_gpus: bool = False
+    accepted_problems: tuple[str, ...] = ()
     replan: bool = False
 
     @property
@@ -64,6 +65,7 @@ class Policy:
             "use_gpus": self.use_gpus,
             "open_webui": self.open_webui,
             "simulated_gpus": self.simulated_gpus,
+            "accepted_problems": list(self.accepted_problems),
         }
 
 
@@ -96,6 +98,7 @@ def policy_from_variables(variables: Mapping[str, Any]) -> Policy:
         use_gpus=_boolean(variables, "fleetfit_use_gpus", True),
         open_webui=_boolean(variables, "fleetfit_open_webui", False),
         simulated_gpus=_boolean(variables, "fleetfit_simulated_gpus", False),
+        accepted_problems=_names(variables, "host_baseline_accepted_problems"),
         replan=_boolean(variables, "fleetfit_replan", False),
     )
 
@@ -178,7 +181,7 @@ def _names(variables: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise _bad(name, value, "a list of licence names")
+        raise _bad(name, value, "a list of names")
     return tuple(sorted({str(item) for item in value}))
 
 

@@ -21,6 +21,7 @@ from typing import Any, Optional
 
 from . import memory_llama_cpp as llama
 from . import memory_vllm as vllm
+from .calibration import calibrated, find_record
 from .catalog_entry import CatalogEntry, Variant
 from .engine_args import llama_server_args, vllm_args
 from .errors import FleetfitError
@@ -173,6 +174,35 @@ class Request:
     require_pinned: bool = True
     siblings: tuple[CatalogEntry, ...] = ()
     layouts: Mapping[str, TensorLayout] = field(default_factory=dict)
+    calibration: tuple[Mapping[str, Any], ...] = ()
+
+    def calibrated_view(self, engine: str, variant: str) -> HostView:
+        """Return the host with measured overheads and margins where records of these circumstances exist."""
+        if not self.calibration or not self.view.devices:
+            return self.view
+        return replace(self.view, devices=tuple(item for item, _ in self._calibrated(engine, variant)))
+
+    def calibration_notes(self, engine: str, variant: str) -> list[str]:
+        """Return the sentences that say which devices are calibrated and how."""
+        notes = [note for _, note in self._calibrated(engine, variant) if note] if self.calibration else []
+        return list(dict.fromkeys(notes))
+
+    def _calibrated(self, engine: str, variant: str) -> list[tuple[DeviceBudget, Optional[str]]]:
+        version = str(self.engines["engines"][engine]["version"])
+        return [
+            calibrated(
+                device,
+                find_record(
+                    self.calibration,
+                    engine=engine,
+                    engine_version=version,
+                    gpu=device.name,
+                    model=self.entry.id,
+                    variant=variant,
+                ),
+            )
+            for device in self.view.devices
+        ]
 
 
 def evaluate(request: Request) -> tuple[Candidate, ...]:
@@ -236,9 +266,11 @@ def nothing_fits(request: Request, candidates: tuple[Candidate, ...]) -> Nothing
         )
     codes = {item.rejected.code for item in candidates if item.rejected}
     code = codes.pop() if len(codes) == 1 else "nothing_fits"
-    reasons = "; ".join(
-        f"{item.engine} {item.variant.name}: {item.rejected.reason}" for item in candidates if item.rejected
-    )
+    by_reason: dict[str, list[str]] = {}
+    for item in candidates:
+        if item.rejected:
+            by_reason.setdefault(item.rejected.reason, []).append(f"{item.engine} {item.variant.name}")
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
     changes = least_changes(request, candidates)
     return NothingFitsError(
         f"No variant of {entry.id} meets the policy on this host ({policy.min_context_tokens} tokens x "
@@ -449,7 +481,8 @@ def _llama_device_rejection(request: Request) -> Optional[Rejection]:
 
 
 def _llama_candidate(request: Request, variant: Variant) -> Candidate:
-    entry, policy, view = request.entry, request.policy, request.view
+    entry, policy = request.entry, request.policy
+    view = request.calibrated_view("llama_cpp", variant.name)
     shape = entry.shape_of(variant)
     layout = request.layouts.get(variant.name) or layout_of(entry, variant)
     kv_type = policy.kv_type
@@ -465,6 +498,11 @@ def _llama_candidate(request: Request, variant: Variant) -> Candidate:
     rejected = _common_rejection(request, variant, "llama_cpp")
     if kv_type not in llama.KV_TYPES:
         return replace(candidate, rejected=rejected)
+    try:
+        llama.check_graph(shape, slots=policy.slots, kv_type_k=kv_type, kv_type_v=kv_type)
+        llama.kv_bytes_per_token(shape, kv_type, kv_type)
+    except FleetfitError as error:
+        return replace(candidate, rejected=rejected or Rejection("kv_type_not_supported", error.message))
     placer = LlamaPlacer(
         shape, layout, view, slots=policy.slots, kv_type_k=kv_type, kv_type_v=kv_type, cache_ram_bytes=0
     )
@@ -523,7 +561,8 @@ def _llama_settings(
 
 
 def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
-    entry, policy, view = request.entry, request.policy, request.view
+    entry, policy = request.entry, request.policy
+    view = request.calibrated_view("vllm", variant.name)
     engine = request.engines["engines"]["vllm"]
     shape = entry.shape_of(variant)
     layout = request.layouts.get(variant.name) or layout_of(entry, variant)

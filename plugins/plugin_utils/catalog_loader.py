@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
-from ..module_utils.catalog_entry import CatalogEntry, entry_from_dict, merge_overlay, merge_pins
+from ..module_utils.catalog_entry import ENGINES, CatalogEntry, entry_from_dict, merge_overlay, merge_pins
 from ..module_utils.errors import FleetfitError
 
 CATALOG_DIR = Path(__file__).resolve().parents[2] / "catalog"
@@ -221,3 +221,14 @@ def _resolve_template(data: dict[str, Any], path: Path) -> None:
         code="chat_template_missing",
         remedy=f"Put the template at {os.path.join(path.parent, 'templates', name)}.",
     )
+
+
+def available_engines(roles_dir: Path) -> frozenset[str]:
+    """Return the engines that fleetfit can deploy: those with a role of their name."""
+    return frozenset(name for name in ENGINES if (roles_dir / name).is_dir())
+
+
+def check_schema_of_plan(plan: Mapping[str, Any]) -> None:
+    """Raise ``schema_mismatch`` where a plan is not what catalog/schemas/plan.json says: a mistake of
+    ours."""
+    check_schema(plan, "plan", "the plan")
