@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
-from ansible_collections.fleetfit.llm.plugins.module_utils.plan import previous_of
+from ansible_collections.fleetfit.llm.plugins.module_utils.plan import SCHEMA_VERSION, previous_of
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.probe_action import ProbeAction
 
 
@@ -20,15 +19,11 @@ class ActionModule(ProbeAction):
         result = super().run(tmp, task_vars)
         if "ansible_facts" in result:
             sections = (result.get("manifest") or {}).get("sections") or {}
-            try:
-                previous = previous_of(sections.get("plan"))
-            except FleetfitError as error:
-                return {
-                    **result,
-                    "failed": True,
-                    "msg": str(error),
-                    "code": error.code,
-                    "remedy": error.remedy,
-                }
+            last = sections.get("plan") or {}
+            known = last.get("schema_version") == SCHEMA_VERSION
+            # A plan of another version is handed on by its version alone: planning refuses it by name.
+            previous = (
+                previous_of(last) if known or not last else {"schema_version": last.get("schema_version")}
+            )
             result["ansible_facts"]["fleetfit_previous_plan"] = previous
         return result

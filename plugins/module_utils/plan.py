@@ -113,7 +113,7 @@ def plan_host(
         request,
         facts,
         catalog_digest=catalog_digest(entry.digest, gpus, engines, calibration),
-        previous=previous_of(previous),
+        previous=None if policy.replan else previous_of(previous),
     )
 
 
