@@ -23,7 +23,7 @@ lab-down: venv ## Stop the lab and free the disk it used
 check: venv ## Lint and unit tests (under 2 minutes)
 	@echo "==> ruff"; ruff check . && ruff format --check --quiet .
 	@echo "==> mypy"; mypy
-	@echo "==> yamllint, ansible-lint"; yamllint --strict . && ansible-lint --offline --quiet
+	@echo "==> yamllint, ansible-lint"; yamllint --strict . && ansible-lint --offline -q
 	@echo "==> unit tests"; pytest tests/unit -q -n 2
 
 sanity: venv ## ansible-test sanity on the built collection

@@ -165,7 +165,7 @@ def artifact_to_dict(artifact: Artifact) -> dict[str, Any]:
 def _parse_artifact(entry: dict[str, Any], place: str, need_sources: bool) -> Artifact:
     name = entry.get("name") or place
     size, sha256, mode = entry.get("size"), str(entry.get("sha256") or ""), str(entry.get("mode") or "0644")
-    if isinstance(size, str) and size.isdigit():
+    if isinstance(size, str) and size.isdecimal():
         size = int(size)
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise _invalid(name, f"has the size {size!r}, which is not a positive number of bytes.")
@@ -182,7 +182,7 @@ def _parse_artifact(entry: dict[str, Any], place: str, need_sources: bool) -> Ar
     unpack = None
     if entry.get("unpack"):
         given = entry["unpack"]
-        if not isinstance(given, dict) or not str(given.get("strip") or 0).isdigit():
+        if not isinstance(given, dict) or not str(given.get("strip") or 0).isdecimal():
             raise _invalid(
                 name, f"has unpack {given!r}, which is not a dest with a number of parts to strip."
             )
@@ -486,7 +486,7 @@ def set_attributes(
 
 
 def _user_id(name: str) -> int:
-    if name.isdigit():
+    if name.isdecimal():
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid
@@ -495,7 +495,7 @@ def _user_id(name: str) -> int:
 
 
 def _group_id(name: str) -> int:
-    if name.isdigit():
+    if name.isdecimal():
         return int(name)
     try:
         return grp.getgrnam(name).gr_gid

@@ -432,7 +432,7 @@ class _Download:
         """Compare what a hub says of the file before it redirects (X-Linked-Size, X-Linked-Etag)."""
         size = answer.first_headers.get("x-linked-size", "")
         sha256 = answer.first_headers.get("x-linked-etag", "").strip('"')
-        if size.isdigit() and int(size) != self.artifact.size:
+        if size.isdecimal() and int(size) != self.artifact.size:
             raise self._wrong_size(answer, int(size))
         if re.fullmatch(r"[0-9a-f]{64}", sha256) and sha256 != self.artifact.sha256:
             raise SourceError(
@@ -489,7 +489,7 @@ class _Download:
                 "Switch off compression for this path on the server or proxy, or use another source.",
             )
         length = answer.header("Content-Length")
-        whole = int(length) if length and length.isdigit() and answer.status == 200 else None
+        whole = int(length) if length and length.isdecimal() and answer.status == 200 else None
         html = (answer.header("Content-Type") or "").lower().startswith("text/html")
         if html and whole != self.artifact.size:
             raise self._block_page(answer)
@@ -573,4 +573,4 @@ class _Download:
 
 def _retry_after(answer: Answer) -> float:
     text = answer.header("Retry-After") or ""
-    return float(text) if text.isdigit() else 0.0
+    return float(text) if text.isdecimal() else 0.0

@@ -309,7 +309,7 @@ def listener_pids(port: int) -> list[int]:
     wanted = {f"socket:[{inode}]" for inode in inodes}
     found = []
     for name in os.listdir("/proc"):
-        if not name.isdigit():
+        if not name.isdecimal():
             continue
         try:
             for descriptor in os.listdir(f"/proc/{name}/fd"):

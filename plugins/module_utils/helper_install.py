@@ -135,7 +135,7 @@ def _unused_digests(libexec_dir: str, *, keep: str, root: str) -> list[str]:
 def _digests_in_use(libexec_dir: str, digests: set[str], root: str) -> set[str]:
     """Return the digests that a process runs, or that a transient unit would start again."""
     proc = os.path.join(root, "proc")
-    files = [os.path.join(proc, name, "cmdline") for name in _list_directory(proc) if name.isdigit()]
+    files = [os.path.join(proc, name, "cmdline") for name in _list_directory(proc) if name.isdecimal()]
     transient = os.path.join(root, TRANSIENT_UNITS)
     files += [
         os.path.join(transient, name) for name in _list_directory(transient) if name.endswith(".service")

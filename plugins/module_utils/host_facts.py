@@ -136,7 +136,7 @@ def cgroup_limit_bytes(probe: ProbeRoot, ram_total_bytes: Optional[int]) -> Opti
     for path in _CGROUP_V2_LIMITS + _CGROUP_V1_LIMITS:
         text = probe.read(path) or ""
         # "max" (v2) or a number beyond any RAM (v1: 2^63 less a page) says: no limit.
-        if text.isdigit() and (ram_total_bytes is None or int(text) < ram_total_bytes):
+        if text.isdecimal() and (ram_total_bytes is None or int(text) < ram_total_bytes):
             limits.append(int(text))
     return min(limits) if limits else None
 

@@ -91,7 +91,7 @@ def bypasses_proxy(host: str, port: int, no_proxy: Optional[str]) -> bool:
         if entry == "*" or _in_network(host, entry):
             return True
         name, number = entry.rpartition(":")[::2]
-        if name and number.isdigit() and ":" not in name:
+        if name and number.isdecimal() and ":" not in name:
             if int(number) != port:
                 continue
             entry = name

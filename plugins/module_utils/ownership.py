@@ -48,7 +48,7 @@ class Ownership:
     def engine_runs(self) -> bool:
         """Return whether any process belongs to an engine of ours."""
         engines = {f"{service}.service" for service in ENGINES}
-        return any(self.unit(int(name)) in engines for name in self._root.names("/proc") if name.isdigit())
+        return any(self.unit(int(name)) in engines for name in self._root.names("/proc") if name.isdecimal())
 
     def _unit_in(self, path: str) -> Optional[str]:
         """Return our unit in a path below the system manager's own: slices, then the unit."""

@@ -15,7 +15,7 @@ DIGEST_LENGTH = 16
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
+    return tuple(int(part) for part in text.split(".") if part.isdecimal())
 
 
 def _minor(version: str) -> str:

@@ -239,7 +239,7 @@ def parse_fit_params(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for line in text.splitlines():
         words = line.split()
-        if len(words) >= 4 and all(word.isdigit() for word in words[-3:]):
+        if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):
             found[" ".join(words[:-3])] = sum(int(word) for word in words[-3:]) * MIB
     return found
 

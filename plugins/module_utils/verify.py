@@ -104,7 +104,7 @@ def compare_memory(deployment: Mapping[str, Any], measured: Mapping[str, Any]) -
     """
     devices, host = _predicted_devices(deployment)
     on_gpu = {
-        name: terms for name, terms in measured.items() if name.startswith("CUDA") and name[4:].isdigit()
+        name: terms for name, terms in measured.items() if name.startswith("CUDA") and name[4:].isdecimal()
     }
     rows = []
     for position, device in enumerate(devices):
