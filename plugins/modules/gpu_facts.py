@@ -14,7 +14,7 @@ description:
   - A card without a driver is found on the PCI bus. A broken driver, a lost card or a driver that hangs is a
     problem in the result, with what to do; it never fails the task.
 author:
-  - The fleetfit developers (@fleetfit)
+  - fleetfit contributors (@fleetfit) (@fleetfit)
 options:
   root:
     description:

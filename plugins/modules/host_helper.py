@@ -14,7 +14,7 @@ description:
   - The bytes are sent only where the host does not have them yet. Versions that no process and no transient
     unit uses are removed.
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 options:
   libexec_dir:
     description: Where helpers are kept.

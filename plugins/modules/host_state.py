@@ -14,7 +14,7 @@ description:
   - What is wrong with the host's driver, GPUs or clock is listed in the facts' C(problems), each with what to
     do; it never fails the task.
 author:
-  - The fleetfit developers (@fleetfit)
+  - fleetfit contributors (@fleetfit) (@fleetfit)
 options:
   root:
     description:

@@ -13,7 +13,7 @@ description:
     belongs to root.
   - Drift, rollback and decommissioning read it, so a role calls this at its end with all that it manages.
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 options:
   name:
     description: The section, which is the role's name.

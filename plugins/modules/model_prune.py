@@ -25,7 +25,7 @@ attributes:
     support: none
     description: There is no text to compare.
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

@@ -9,19 +9,17 @@ module: release
 short_description: Make a service run a release, or keep running the one it runs
 version_added: "0.1.0"
 description:
-  - Writes C(/opt/fleetfit/<service>/releases/<digest>/), whose name is the digest of everything that
-  decides how
-    the service runs, and switches the service to it in one journalled transaction on the host - check, stop,
+  - Writes C(/opt/fleetfit/<service>/releases/<digest>/), whose name is the digest of everything that decides
+    how the service runs, and switches the service to it in one journalled transaction on the host - check, stop,
     back up, change the link C(current), start, gate - that goes back to the old release if the gate fails.
   - The transaction is the transient unit C(fleetfit-switch-<service>.service). It ends without the
-  controller; a
-    call while one is running waits for that one.
+    controller; a call while one is running waits for that one.
   - Where the release is current already, the service is started again only if it is not active or one of
     O(restart_on) differs from what its last good start saw, and through the same gate.
   - The unit must exist, its C(ExecStart) being C(/opt/fleetfit/<service>/current/run); the role
     M(fleetfit.llm.host_helper) must have run.
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 options:
   service:
     description: The unit's name without C(.service).
@@ -60,8 +58,7 @@ options:
     default: {}
   environ_credentials:
     description:
-      - Environment variables that are secret, name to the name of a credential of the unit; several, in a
-      list,
+      - Environment variables that are secret, name to the name of a credential of the unit; several, in a list,
         are joined by semicolons. They are read when the service starts and stand in no file of the release.
     type: dict
     default: {}
@@ -70,8 +67,10 @@ options:
     type: dict
     default: {}
   restart_on:
-    description: Files outside the release, such as the unit and its credentials, whose change calls for a
-    restart. type: list elements: path default: []
+    description: Files outside the release, such as the unit and its credentials, whose change calls for a restart.
+    type: list
+    elements: path
+    default: []
   precheck:
     description:
       - What must hold before the old release is stopped. With C(kind=llama_fit_params), C(argv) is run as the
@@ -80,8 +79,7 @@ options:
   gate:
     description:
       - What must hold before the new release counts as good.
-      - C(kind) is V(llama_cpp), V(vllm) or V(open_webui); C(url); C(credential), a file; C(model), the name
-      that
+      - C(kind) is V(llama_cpp), V(vllm) or V(open_webui); C(url); C(credential), a file; C(model), the name that
         is served; C(timeout_s), seconds without progress; C(max_timeout_s), seconds in all, six times
         C(timeout_s) by default; C(question) and C(expect), a regular expression or null; C(admin_email).
     type: dict

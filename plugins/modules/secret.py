@@ -45,7 +45,7 @@ attributes:
     support: none
     description: There is nothing to show of a secret.
 author:
-  - The fleetfit developers (@fleetfit)
+  - fleetfit contributors (@fleetfit) (@fleetfit)
 """
 
 EXAMPLES = r"""

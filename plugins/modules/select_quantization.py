@@ -87,7 +87,7 @@ attributes:
 seealso:
   - module: fleetfit.llm.host_state
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

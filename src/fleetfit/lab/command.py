@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
 
 import click
-import yaml
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 
 from . import containers
 from .console import console, step
-from .machine import ready_machine
 from .paths import checkout_root, lab_paths
-
-
-def lab_definition() -> dict[str, Any]:
-    """Return the content of lab/lab.yml."""
-    definition: dict[str, Any] = yaml.safe_load((checkout_root() / "lab/lab.yml").read_text())
-    return definition
+from .up import bring_up
 
 
 @click.group()
@@ -25,20 +21,27 @@ def lab() -> None:
 
 
 @lab.command()
-def up() -> None:
+@click.option("--hosts-only", is_flag=True, help="Start hosts and mirror, but build and serve nothing.")
+@click.option("--deploy", is_flag=True, help="Then run the main job (site.yml) on them.")
+def up(hosts_only: bool, deploy: bool) -> None:
     """Bring the lab up, or repair what a killed run or a reboot left."""
-    machine = ready_machine()
-    for name, entry in lab_definition()["hosts"].items():
-        step(f"Host {name}")
-        containers.start_host(
-            name,
-            entry["suite"],
-            user=entry["user"],
-            profile=entry["profile"],
-            kind="lab",
-            machine=machine,
-        )
+    forwards = bring_up(lab_paths(), hosts_only=hosts_only)
     console.print("The lab is up: ssh -F .lab/ssh_config HOST")
+    if not deploy:
+        return
+    step("The main job: ansible-playbook site.yml -i inventory/lab")
+    playbook = Path(sys.executable).with_name("ansible-playbook")
+    done = subprocess.run(
+        [str(playbook), "site.yml", "-i", "inventory/lab"], cwd=checkout_root(), check=False
+    )
+    if done.returncode != 0:
+        raise FleetfitError(
+            f"The main job ended with exit code {done.returncode}; the failed task is named above.",
+            code="deploy_failed",
+            remedy="Mend what it names and run make lab again: it goes on where it stopped.",
+        )
+    for forward in forwards:
+        console.print(f"Open WebUI of {forward.host}: {forward.url}")
 
 
 @lab.command()

@@ -24,6 +24,7 @@ from .machine import Machine, podman, ready_machine, ulimit_options
 from .paths import cache_root, locked
 from .process import run
 
+GLIBC = "2.36"  # of the image "builder", Debian 12: what the build needs at least
 BUILD_MINUTES = 8  # on two cores, measured 22 Nov 2026
 
 

@@ -1,0 +1,131 @@
+"""Bring the whole lab up, or repair it: hosts, mirror and artifacts side by side, then the forwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import build_first
+
+from . import containers, mirror, model
+from .certificates import copy_authorities
+from .console import note, step
+from .engine import GLIBC, ensure_engine, lab_build
+from .forward import Forward, planned_forwards, start_forward
+from .machine import Machine, ready_machine
+from .paths import LabPaths, cache_root, checkout_root, locked
+from .python_archive import ensure_python_archive
+
+# gpu-small is Debian 13 (Python 3.13), on which Open WebUI does not run: it gets a managed CPython.
+PYTHON_SERIES = "3.11"
+WHEELHOUSE_LOCKS = ("locks/open-webui/cpu-py311.txt", "locks/open-webui/default-py311.txt")
+
+
+def lab_definition() -> dict[str, Any]:
+    """Return the content of lab/lab.yml."""
+    definition: dict[str, Any] = yaml.safe_load((checkout_root() / "lab/lab.yml").read_text())
+    return definition
+
+
+class Artifacts:
+    """What the mirror serves so far; each addition is written at once, so that a killed run keeps it."""
+
+    def __init__(self, paths: LabPaths) -> None:
+        self.paths = paths
+        self.lock = threading.Lock()
+
+    def publish(self, name: str, source: Path, sha256: str, **more: Any) -> None:
+        """Serve a file and record it under ``name`` in .lab/artifacts.yml."""
+        with self.lock, locked(self.paths.folder / "artifacts.lock"):
+            known = mirror.read_artifacts(self.paths)
+            known[name] = mirror.publish_file(self.paths, source, sha256, **more)
+            mirror.write_artifacts(self.paths, known)
+
+
+def start_hosts(paths: LabPaths, machine: Machine) -> None:
+    """Start the mirror and the hosts of lab/lab.yml."""
+    mirror.start_mirror(paths, machine)
+    for name, entry in lab_definition()["hosts"].items():
+        step(f"Host {name}: Debian {entry['suite']}, {entry['profile'] or 'no'} GPU")
+        containers.start_host(
+            name,
+            entry["suite"],
+            user=entry["user"],
+            profile=entry["profile"],
+            kind="lab",
+            paths=paths,
+            machine=machine,
+        )
+
+
+def make_engine_and_models(artifacts: Artifacts, machine: Machine) -> None:
+    """Build the engine, quantize the lab's model with it, and serve both."""
+    base = model.base_file()
+    build = lab_build()
+    engine = ensure_engine(machine, build)
+    artifacts.publish(
+        "llama_cpp",
+        engine.archive,
+        engine.sha256,
+        version=build.version,
+        backend=build.backend,
+        arch=build.arch,
+        glibc=GLIBC,
+    )
+    files = model.quantized_files(machine, engine, base)
+    mirror.publish_hub(artifacts.paths, [base, *files.values()])
+    model.write_overlay(artifacts.paths.folder / "catalog", files)
+
+
+def make_python(artifacts: Artifacts, machine: Machine) -> None:
+    """Pack a CPython for gpu-small and serve it."""
+    python = ensure_python_archive(machine, PYTHON_SERIES, "trixie")
+    artifacts.publish("python", python.path, python.sha256, version=python.version, arch=machine.arch)
+
+
+def make_wheelhouse(artifacts: Artifacts) -> None:
+    """Build Open WebUI's wheelhouse and serve it."""
+    locks = [checkout_root() / name for name in WHEELHOUSE_LOCKS]
+    reported = False
+
+    def report(line: str) -> None:
+        nonlocal reported
+        if not reported:
+            step("Fetching Open WebUI's packages (about 1 GB; verified against the lock)")
+            reported = True
+        note(line)
+
+    built = build_first(locks, PYTHON_SERIES, cache_root() / "wheelhouse", report=report)
+    artifacts.publish(
+        "open_webui_wheelhouse", built.tar, built.sha256, python=built.python, platform=built.platform
+    )
+
+
+def bring_up(paths: LabPaths, *, hosts_only: bool = False) -> list[Forward]:
+    """Bring the lab up and return its forwards; whatever is there and whole is left alone.
+
+    Builds run side by side. Where one fails the others are finished first, so that a second run finds them;
+    then the first error is raised.
+    """
+    machine = ready_machine()
+    copy_authorities(paths)
+    artifacts = Artifacts(paths)
+    jobs: list[Callable[[], None]] = [lambda: start_hosts(paths, machine)]
+    if not hosts_only:
+        jobs += [
+            lambda: make_engine_and_models(artifacts, machine),
+            lambda: make_python(artifacts, machine),
+            lambda: make_wheelhouse(artifacts),
+        ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        running = [pool.submit(job) for job in jobs]
+    for job in running:
+        job.result()
+    forwards = planned_forwards(paths, lab_definition())
+    for forward in forwards:
+        start_forward(paths, forward)
+    return forwards

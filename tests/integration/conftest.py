@@ -1,0 +1,116 @@
+"""A real systemd host in a container, shared by the tests of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.helper_zip import build_helper_zip
+
+from fleetfit.lab.images import ensure_image
+from fleetfit.lab.machine import container_options, init_command, look_at_machine, podman, refuse_reason
+
+HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
+
+
+class SystemdHost:
+    """A container that runs systemd; everything goes through ``podman exec``, so it needs no network."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.machine = look_at_machine()
+
+    def podman(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run podman with the runtime that this machine needs."""
+        return subprocess.run(
+            podman(self.machine, *arguments),
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **options,
+        )
+
+    def run(self, *command: str, stdin: str = "", check: bool = True, timeout_s: float = 120) -> str:
+        """Run a command in the host and return what it wrote to standard output."""
+        done = self.run_raw(*command, stdin=stdin, timeout_s=timeout_s)
+        if check and done.returncode != 0:
+            raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def run_raw(
+        self, *command: str, stdin: str = "", timeout_s: float = 120, environ: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in the host and return all of its result."""
+        extra = [f"--env={name}={value}" for name, value in (environ or {}).items()]
+        return subprocess.run(
+            podman(self.machine, "exec", "-i", *extra, self.name, *command),
+            check=False,
+            capture_output=True,
+            text=True,
+            input=stdin,
+            timeout=timeout_s,
+        )
+
+    def put(self, path: str, content: str | bytes, mode: str = "0644") -> None:
+        """Write a file into the host."""
+        data = content.encode() if isinstance(content, str) else content
+        script = 'mkdir -p "$(dirname "$1")" && cat > "$1" && chmod "$2" "$1"'
+        subprocess.run(
+            podman(self.machine, "exec", "-i", self.name, "sh", "-c", script, "sh", path, mode),
+            check=True,
+            input=data,
+            capture_output=True,
+            timeout=120,
+        )
+
+    def python(self, code: str, *arguments: str, timeout_s: float = 120) -> Any:
+        """Run Python code in the host with the helper's modules; return the JSON that it prints last."""
+        prefix = f"import sys, json; sys.path.insert(0, {HELPER!r})\n"
+        text = self.run("python3", "-", *arguments, stdin=prefix + code, timeout_s=timeout_s)
+        return json.loads(text.strip().splitlines()[-1]) if text.strip() else None
+
+    def show(self, unit: str, name: str) -> str:
+        """Return one property of a unit."""
+        return self.run("systemctl", "show", unit, f"--property={name}", "--value").strip()
+
+
+def start_host(folder: Path, image: str = "bookworm") -> SystemdHost:
+    """Start a host and wait until systemd has booted it."""
+    reason = refuse_reason(look_at_machine())
+    if reason is not None:
+        pytest.fail(f"This machine cannot run the lab: {reason}")
+    host = SystemdHost(f"fleetfit-test-{os.getpid()}-{uuid.uuid4().hex[:6]}", folder)
+    options = [*container_options(host.machine), "--network=none", f"--name={host.name}", "--rm"]
+    host.podman("run", "--detach", *options, ensure_image(image), *init_command())
+    end = time.monotonic() + 60
+    state = ""
+    while state not in ("running", "degraded"):
+        if time.monotonic() > end:
+            raise AssertionError(f"the container did not boot in 60 s: {state}")
+        state = host.run_raw("systemctl", "is-system-running").stdout.strip()
+        time.sleep(0.3)
+    digest_folder = "/opt/fleetfit/libexec/test"
+    host.put(f"{digest_folder}/fleetfit-host.pyz", build_helper_zip(), "0755")
+    host.run("ln", "-sfn", "test", "/opt/fleetfit/libexec/current")
+    return host
+
+
+@pytest.fixture(scope="session")
+def systemd_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemdHost]:
+    """Yield a booted Debian 12 host that has the helper; it is removed at the end."""
+    host = start_host(tmp_path_factory.mktemp("host"))
+    try:
+        yield host
+    finally:
+        subprocess.run(
+            podman(host.machine, "rm", "--force", "--time=0", host.name), check=False, capture_output=True
+        )
