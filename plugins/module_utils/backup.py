@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import FleetfitError
 from .manifest import HostPaths, fsync_directory, safe_to_delete
+from .units import format_size
 
 KINDS = ("directory",)
 
@@ -31,6 +32,52 @@ def backups_directory(paths: HostPaths, service: str) -> str:
     return paths.at(f"/var/lib/fleetfit/backups/{service}")
 
 
+def check_room(paths: HostPaths, service: str, spec: Mapping[str, Any]) -> str:
+    """Return the directory to copy; raise FleetfitError where the disk has no room for the copy.
+
+    A restore holds a second copy for a moment, so there must be room for two.
+    """
+    check_backup(spec)
+    source = paths.at(spec["path"])
+    directory = backups_directory(paths, service)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    needed_bytes = 2 * _tree_bytes(source)
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > free_bytes:
+        raise FleetfitError(
+            f"Backing up {source} needs {format_size(needed_bytes)}, {directory} has {format_size(free_bytes)}.",
+            code="disk_too_small",
+            remedy="Free space on the host.",
+        )
+    return source
+
+
+def superseded(paths: HostPaths, service: str, keep: Sequence[str]) -> list[str]:
+    """Return the backups that no release of ``keep`` (digests) could go back to: one each stays, the newest."""
+    directory = backups_directory(paths, service)
+    if not os.path.isdir(directory):
+        return []
+    entries = [os.path.join(directory, name) for name in os.listdir(directory)]
+    newest_first = sorted(entries, key=lambda path: os.lstat(path).st_ctime, reverse=True)
+    seen: set[str] = set()
+    doomed = []
+    for path in newest_first:
+        release = os.path.basename(path).split("-")[0]
+        if path.endswith(".partial") or release not in keep or release in seen:
+            doomed.append(path)
+        else:
+            seen.add(release)
+    return sorted(path for path in doomed if safe_to_delete(path, root=paths.root))
+
+
+def discard(paths: HostPaths, service: str, keep: Sequence[str]) -> list[str]:
+    """Delete what superseded() names and return it. Call it with the service's switch lock held."""
+    doomed = superseded(paths, service, keep)
+    for path in doomed:
+        shutil.rmtree(path)
+    return doomed
+
+
 def back_up(
     paths: HostPaths, service: str, spec: Mapping[str, Any], release: str, transaction: str
 ) -> dict[str, Any]:
@@ -38,18 +85,8 @@ def back_up(
 
     Raises FleetfitError where the disk has no room for it.
     """
-    check_backup(spec)
-    source = paths.at(spec["path"])
+    source = check_room(paths, service, spec)
     directory = backups_directory(paths, service)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    needed = _tree_bytes(source)
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise FleetfitError(
-            f"The backup of {source} needs {needed} bytes, {directory} has {free}.",
-            code="disk_too_small",
-            remedy="Free space, or delete old backups.",
-        )
     final = os.path.join(directory, f"{release}-{transaction[:8]}")
     partial = final + ".partial"
     shutil.rmtree(partial, ignore_errors=True)

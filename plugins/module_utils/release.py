@@ -261,7 +261,11 @@ def write_release(spec: ReleaseSpec, paths: HostPaths, *, check_mode: bool = Fal
                 code="release_incomplete",
                 remedy="Install it first: the environment by its role, the model by model_store.",
             )
-    os.makedirs(releases, mode=0o755, exist_ok=True)
+    for directory in (paths.service(spec.service), releases):
+        if not os.path.isdir(directory):
+            os.makedirs(directory, exist_ok=True)
+            # Whatever the umask: the service's user runs what is below.
+            os.chmod(directory, 0o755)  # noqa: S103
     temporary = os.path.join(releases, f".{digest}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     os.mkdir(temporary)

@@ -40,7 +40,6 @@ from .units import MIB
 
 SCHEMA_VERSION = 1
 HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
-RECOVER_UNIT = "fleetfit-recover.service"
 
 # committed: the wanted release serves. refused: the check before it failed, nothing was touched.
 # reverted: the old release serves again (or, at a first install, nothing does, as before).
@@ -56,29 +55,10 @@ STOP_TIMEOUT_S = 300
 MAX_RESTARTS = 5
 _STEP_ERRORS = (FleetfitError, OSError, subprocess.SubprocessError)
 WAIT_POLL_S = 0.3
+# Without a transaction the lock is held for moments only: by one that ends, or by garbage collection.
+REQUEST_WAIT_S = 60.0
 # How long a transaction may be without a process before it counts as dead (systemd restarts it after 1 s).
 DEAD_AFTER_S = 6.0
-
-# The boot unit, which the role host_baseline installs and enables. Engine units have
-# "Wants=fleetfit-recover.service" and "After=fleetfit-recover.service", so that `current` is right before
-# they start; the gate of what it brought back runs afterwards, in the transient unit.
-RECOVER_UNIT_TEXT = f"""\
-[Unit]
-Description=Take back a release switch that was cut short
-Documentation=file:///opt/fleetfit/libexec/current
-After=local-fs.target
-RequiresMountsFor=/opt/fleetfit /var/lib/fleetfit
-ConditionDirectoryNotEmpty=/var/lib/fleetfit/switch
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/python3 -I {HELPER} recover
-TimeoutStartSec=120
-UMask=0077
-
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 def transaction_unit(service: str) -> str:
@@ -360,10 +340,15 @@ class Transaction:
         self.paths = paths
         self.journal = journal
         self.service: str = journal["service"]
+        self.reverting = False
 
     def save(self) -> None:
-        """Put the journal on disk."""
-        _write_json(journal_path(self.paths, self.service), self.journal)
+        """Put the journal on disk; on the way back a full disk does not keep the old engine stopped."""
+        try:
+            _write_json(journal_path(self.paths, self.service), self.journal)
+        except OSError:
+            if not self.reverting:
+                raise
 
     def _fault(self, moment: str) -> None:
         """Die here if FLEETFIT_FAULT of a test says so: before:<step> or after:<step>, once a transaction."""
@@ -393,7 +378,30 @@ class Transaction:
 
     def go(self) -> str:
         """Run, or recover, until the transaction has ended; return its final state."""
-        decision = decide_recovery(self.journal)
+        try:
+            self._advance(decide_recovery(self.journal))
+        except _STEP_ERRORS as error:
+            # Whatever goes wrong ends the transaction: one that stays under way would block every later call.
+            self._give_up(error)
+        return str(self.journal["state"])
+
+    def _give_up(self, error: Exception) -> None:
+        step = self.journal["step"]
+        cause = {"step": step, "state": "error", "message": str(error)}
+        if step in ("requested", "precheck"):
+            self._end("refused", cause)
+        elif self.journal["kind"] == "restart" or step == "record" or self.reverting:
+            self.reverting = True
+            self._end("failed", self.journal["cause"] or cause)
+        else:
+            self.journal["cause"] = self.journal["cause"] or cause
+            try:
+                self._revert()
+            except _STEP_ERRORS as second:
+                self.journal["revert_gate"] = {"ok": False, "state": "error", "message": str(second)}
+                self._end("failed")
+
+    def _advance(self, decision: str) -> None:
         if decision == "run":
             self._forward()
         elif decision == "refuse":
@@ -407,7 +415,6 @@ class Transaction:
         elif decision == "revert":
             self._note_interruption()
             self._revert()
-        return str(self.journal["state"])
 
     def rewind(self) -> bool:
         """Do only what must precede the start of services at boot; return whether go() has work left."""
@@ -428,6 +435,8 @@ class Transaction:
             self._restart()
             return
         release = read_release(self.paths, self.service, self.journal["to"])
+        if release.get("backup") and self.journal["from"]:
+            backups.check_room(self.paths, self.service, release["backup"])
         if release.get("precheck"):
             where = release_path(self.service, self.journal["to"])
             environ = {name: fill_placeholders(value, where) for name, value in release["environ"].items()}
@@ -441,16 +450,11 @@ class Transaction:
                     "refused", {"step": "precheck", "state": "precheck", "message": precheck["message"]}
                 )
                 return
-        try:
-            self._do("stop", self._stop)
-            if release.get("backup") and self.journal["from"]:
-                self._do("backup", lambda: {"backup": self._back_up(release["backup"])})
-            self._do("flip", lambda: self._flip(self.journal["to"]))
-            self._do("start", self._start)
-        except _STEP_ERRORS as error:
-            self.journal["cause"] = {"step": self.journal["step"], "state": "crashed", "message": str(error)}
-            self._revert()
-            return
+        self._do("stop", self._stop)
+        if release.get("backup") and self.journal["from"]:
+            self._do("backup", lambda: {"backup": self._back_up(release["backup"])})
+        self._do("flip", lambda: self._flip(self.journal["to"]))
+        self._do("start", self._start)
         self._do("gate", lambda: {"gate": self._gate(self.journal["to"])})
         gate = self.journal["gate"]
         if gate["ok"]:
@@ -461,12 +465,8 @@ class Transaction:
 
     def _restart(self) -> None:
         """Restart the same release; where its gate fails there is no other release to go back to."""
-        try:
-            self._do("stop", self._stop)
-            self._do("start", self._start)
-        except _STEP_ERRORS as error:
-            self._end("failed", {"step": self.journal["step"], "state": "crashed", "message": str(error)})
-            return
+        self._do("stop", self._stop)
+        self._do("start", self._start)
         self._do("gate", lambda: {"gate": self._gate(self.journal["to"])})
         gate = self.journal["gate"]
         if gate["ok"]:
@@ -494,14 +494,11 @@ class Transaction:
             capture_output=True,
             timeout=60,
         )
-        release = read_release(self.paths, self.service, self._starting())
+        release = read_release(self.paths, self.service, str(current_digest(self.paths, self.service)))
         hashes = hash_files(self.paths, release["restart_on"])
         started_at = time.time()
         _systemctl("start", "--no-block", f"{self.service}.service")
         return {"hashes": hashes, "started_at": started_at}
-
-    def _starting(self) -> str:
-        return str(current_digest(self.paths, self.service))
 
     def _gate(self, digest: str) -> dict[str, Any]:
         release = read_release(self.paths, self.service, digest)
@@ -509,12 +506,11 @@ class Transaction:
         return wait_ready(spec, since=self.journal["started_at"], restarts=0)
 
     def _record(self) -> None:
-        self._do("record", self._remember)
+        self._do("record", lambda: self._remember(self.journal["to"], self.journal["gate"]))
         self._end("committed")
 
-    def _remember(self) -> None:
+    def _remember(self, digest: str, gate: Mapping[str, Any]) -> None:
         good = read_good(self.paths, self.service)
-        digest = self.journal["to"]
         history = [digest, *[old for old in good["history"] if old != digest]]
         _write_json(
             good_path(self.paths, self.service),
@@ -523,7 +519,7 @@ class Transaction:
                 "digest": digest,
                 "restart_on": self.journal["hashes"],
                 "history": history[:50],
-                "gate": self.journal["gate"],
+                "gate": dict(gate),
                 "recorded_at": time.time(),
             },
         )
@@ -541,45 +537,51 @@ class Transaction:
         backups.restore(self.paths, self.journal["backup"])
 
     def _revert(self) -> None:
+        self.reverting = True
         if not self.journal["taken_back"]:
             self._take_back()
         previous = self.journal["from"]
         if previous is None:
             self._end("reverted")
             return
-        try:
-            self._do("revert_start", self._start)
-        except _STEP_ERRORS as error:
-            self.journal["revert_gate"] = {"ok": False, "state": "crashed", "message": str(error)}
-            self._end("failed")
-            return
+        self._do("revert_start", self._start)
         self._do("revert_gate", lambda: {"revert_gate": self._gate(previous)})
-        self._end("reverted" if self.journal["revert_gate"]["ok"] else "failed")
+        gate = self.journal["revert_gate"]
+        if gate["ok"]:
+            # It was started with the files as they are now: the next run need not do so again.
+            self._remember(previous, gate)
+        self._end("reverted" if gate["ok"] else "failed")
 
 
 def request(
     paths: HostPaths, service: str, digest: str, *, kind: str = "switch", keep: int = 2
 ) -> dict[str, Any]:
     """Write the journal of a new transaction and return it, or that of one that is under way already."""
-    with switch_lock(paths, service) as held:
-        journal = read_journal(paths, service)
-        if not held or is_running(journal):
-            if journal is None:
-                raise FleetfitError(
-                    f"Another switch of {service} is being prepared.",
-                    code="switch_busy",
-                    remedy="Run the role again in a moment.",
-                )
-            return journal
-        previous = digest if kind == "restart" else current_digest(paths, service)
-        journal = new_journal(paths, service, digest, kind=kind, keep=keep, previous=previous)
-        _write_json(journal_path(paths, service), journal)
-        return journal
+    end = time.monotonic() + REQUEST_WAIT_S
+    while True:
+        with switch_lock(paths, service) as held:
+            journal = read_journal(paths, service)
+            if journal is not None and is_running(journal):
+                return journal
+            if held:
+                previous = digest if kind == "restart" else current_digest(paths, service)
+                journal = new_journal(paths, service, digest, kind=kind, keep=keep, previous=previous)
+                _write_json(journal_path(paths, service), journal)
+                return journal
+        if time.monotonic() >= end:
+            raise FleetfitError(
+                f"Another process holds the switch of {service}.",
+                code="switch_busy",
+                remedy="Run the role again in a moment.",
+            )
+        time.sleep(0.1)
 
 
 def launch(service: str, *, helper: str = HELPER, python: str = sys.executable) -> None:
     """Start the transient unit that runs, or recovers, the transaction; one that runs is left alone."""
     unit = transaction_unit(service)
+    # By its digest: a newer helper may become current while this one runs.
+    helper = os.path.realpath(helper)
     subprocess.run(["systemctl", "reset-failed", unit], check=False, capture_output=True, timeout=60)
     command = [
         "systemd-run",
@@ -665,7 +667,9 @@ def clean(paths: HostPaths, service: str, keep: int, *, check_mode: bool = False
         if not held or is_running(read_journal(paths, service)) or current_digest(paths, service) is None:
             return []
         kept = kept_releases(paths, service, keep)
-        return garbage(paths, service, kept) if check_mode else collect_garbage(paths, service, kept)
+        if check_mode:
+            return garbage(paths, service, kept) + backups.superseded(paths, service, kept)
+        return collect_garbage(paths, service, kept) + backups.discard(paths, service, kept)
 
 
 def why_restart(paths: HostPaths, service: str, digest: str, restart_on: Sequence[str]) -> Optional[str]:
