@@ -176,7 +176,7 @@ def start_host(
             *container_options(machine),
         ]
         seed = seed_files(paths, name)
-        digest = hashlib.sha256(json.dumps([reference, options, user]).encode() + seed)
+        digest = hashlib.sha256(json.dumps([reference, options, init_command(), user]).encode() + seed)
         spec = digest.hexdigest()
         gpu, gpu_digest = gpu_files(machine, profile)
         action = host_action(spec, find_container(container), record)
