@@ -109,8 +109,8 @@ def check_min_context(policy: Policy, native_tokens: int, max_tokens: int, model
         return
     extended = f", {max_tokens} with YaRN" if max_tokens > native_tokens else ""
     raise FleetfitError(
-        f"fleetfit_min_context_tokens is {policy.min_context_tokens}, but {model} supports {native_tokens} "
-        f"tokens{extended}.",
+        f"A context of {policy.min_context_tokens} tokens is asked for (fleetfit_min_context_tokens), but {model} "
+        f"supports {native_tokens} tokens{extended}.",
         code="context_above_limit",
         remedy=f"Ask for at most {max_tokens} tokens, or choose a model with a longer context.",
     )

@@ -319,7 +319,9 @@ def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str
             replace(policy, min_context_tokens=shorter),
             f"fleetfit_min_context_tokens={shorter}",
         )
-    if policy.kv_type == "f16":
+    if policy.kv_type != "f16":
+        changes += _as_change(request, replace(policy, kv_type="f16"), "fleetfit_kv_type=f16")
+    else:
         changes += _as_change(request, replace(policy, kv_type="q8_0"), "fleetfit_kv_type=q8_0")
     if policy.min_quality_tier != "rest":
         changes += _as_change(

@@ -72,7 +72,7 @@ ASSUMED_DRIVER = "580"
 MAX_TOTAL_MIB = 1 << 24
 # Quantized from a 16-bit release with llama-quantize: what a directory or hub id is worth in llama.cpp.
 LADDER = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
-BAR_WIDTH = 16
+BAR_WIDTH = 12
 _COLOURS = {
     "weights": "blue",
     "kv_cache": "cyan",
@@ -462,9 +462,9 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
         f"KV {policy.kv_type}, host RAM {format_gib(request.view.host.budget)}"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "engine", "variant", "memory", "total", "context", "tokens/s", ""):
-        right = title in ("total", "context", "tokens/s")
-        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    for title in ("  engine", "variant", "memory", "GiB", "context", "tok/s", ""):
+        right = title in ("GiB", "context", "tok/s")
+        table.add_column(title, justify="right" if right else "left", no_wrap=bool(title))
     reasons: dict[str, list[str]] = {}
     for item in candidates:
         speed = item.expected_tokens_per_s
@@ -475,8 +475,7 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
         elif item.devices and not item.resident:
             verdict = f"{item.gpu_layers} of {request.entry.shape.layers + 1} layers on GPU"
         table.add_row(
-            "*" if item is best else "",
-            item.engine,
+            f"{'*' if item is best else ' '} {item.engine}",
             item.variant.name,
             memory_bar(item),
             f"{item.estimate.total.total / GIB:.1f}",
@@ -487,8 +486,8 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
         )
     console.print(table)
     console.print(
-        "W weights, K KV cache, C compute, o overhead, m margin, of the fullest place; total in GiB; "
-        "context: the most tokens per slot that fit; tokens/s: expected, one request",
+        "W weights, K KV cache, C compute, o overhead, m margin: of the fullest place; GiB: of all places; "
+        "context: the most tokens per slot that fit; tok/s: expected, one request",
         style="dim",
     )
     for reason, names in reasons.items():
