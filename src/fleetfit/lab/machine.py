@@ -28,6 +28,7 @@ CAP_SYS_RESOURCE = 24  # linux/capability.h
 PROGRAMS = {
     "podman": "podman",
     "mmdebstrap": "mmdebstrap",
+    "iptables": "iptables",  # netavark calls it, and podman's package does not bring it
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
