@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import click
-from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 
 from . import containers
-from .console import console, step
-from .paths import checkout_root, lab_paths
+from .console import console
+from .paths import lab_paths
 from .up import bring_up
 
 
@@ -29,19 +24,10 @@ def up(hosts_only: bool, deploy: bool) -> None:
     console.print("The lab is up: ssh -F .lab/ssh_config HOST")
     if not deploy:
         return
-    step("The main job: ansible-playbook site.yml -i inventory/lab")
-    playbook = Path(sys.executable).with_name("ansible-playbook")
-    done = subprocess.run(
-        [str(playbook), "site.yml", "-i", "inventory/lab"], cwd=checkout_root(), check=False
-    )
-    if done.returncode != 0:
-        raise FleetfitError(
-            f"The main job ended with exit code {done.returncode}; the failed task is named above.",
-            code="deploy_failed",
-            remedy="Mend what it names and run make lab again: it goes on where it stopped.",
-        )
-    for forward in forwards:
-        console.print(f"Open WebUI of {forward.host}: {forward.url}")
+    # Imported here: ansible-runner takes a second to load.
+    from .deploy import deploy as run_main_job
+
+    run_main_job(lab_paths(), forwards)
 
 
 @lab.command()

@@ -20,9 +20,9 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.engine_build import (
 
 from .console import step
 from .images import ensure_image
-from .machine import Machine, podman, ready_machine, ulimit_options
+from .machine import Machine, ready_machine
+from .oneoff import run_in_container
 from .paths import cache_root, locked
-from .process import run
 
 GLIBC = "2.36"  # of the image "builder", Debian 12: what the build needs at least
 BUILD_MINUTES = 8  # on two cores, measured 22 Nov 2026
@@ -64,13 +64,15 @@ def ensure_engine(machine: Machine | None = None, build: EngineBuild | None = No
         work = folder / "work"
         unpack_source(fetch_source(build, folder), work)
         (work / "build.sh").write_text(build_script(build, jobs))
-        container = f"fleetfit-build-{build.key()}"
-        # A killed run may have left its container compiling.
-        run(podman(machine, "rm", "--force", "--ignore", container), what="remove an old build container")
-        argv = podman(machine, "run", "--rm", f"--name={container}", "--network=none")
-        argv += [*ulimit_options(machine), f"--volume={work}:/work", image]
-        argv += ["nice", "sh", "/work/build.sh", "/work/llama.cpp", "/work/build", "/work/out"]
-        run(argv, what="build llama.cpp", log=folder / "build.log")
+        run_in_container(
+            machine,
+            image,
+            ["nice", "sh", "/work/build.sh", "/work/llama.cpp", "/work/build", "/work/out"],
+            what="build llama.cpp",
+            volumes={work: "/work"},
+            name=f"fleetfit-build-{build.key()}",
+            log=folder / "build.log",
+        )
         built = finish_build(build, cache, work / "out" / "bin")
         shutil.rmtree(work)
         step(f"Built llama.cpp in {time.monotonic() - started:.0f} s")

@@ -6,9 +6,9 @@ its command line, so that a number reused by another process after a reboot is n
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,12 +18,13 @@ from typing import Any
 
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 
-from .containers import choose_port
+from .containers import choose_port, port_is_free
 from .paths import LabPaths, locked, write_atomically
 from .ssh import config_path
 from .state import read_state, write_state
 
 RESTART_PAUSE_S = 2.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -57,48 +58,61 @@ def supervisor_argv(paths: LabPaths, forward: Forward) -> list[str]:
     return [sys.executable, "-m", "fleetfit.lab.forward", str(config_path(paths)), forward.host, spec]
 
 
-def supervisor_pid(paths: LabPaths, forward: Forward) -> int | None:
-    """Return the supervisor's process id where it runs with exactly this forward, else None."""
+def command_line(file: Path) -> list[str] | None:
+    """Return the command line of the process that a pidfile names, or None where there is none."""
     try:
-        pid = int(pidfile(paths, forward).read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+        raw = Path(f"/proc/{int(file.read_text())}/cmdline").read_bytes()
     except (OSError, ValueError):
         return None
-    return pid if [word.decode() for word in words] == supervisor_argv(paths, forward) else None
+    return [word.decode(errors="replace") for word in raw.split(b"\0")[:-1]]
 
 
-def stop_forward(paths: LabPaths, forward: Forward, timeout_s: float = 5) -> None:
-    """End the supervisor and its ssh; nothing happens where it does not run."""
-    pid = supervisor_pid(paths, forward)
-    if pid is not None:
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + timeout_s
-        while supervisor_pid(paths, forward) == pid and time.monotonic() < deadline:
-            time.sleep(0.05)
-    pidfile(paths, forward).unlink(missing_ok=True)
+def is_running(paths: LabPaths, forward: Forward) -> bool:
+    """Return whether the supervisor runs with exactly this forward."""
+    return command_line(pidfile(paths, forward)) == supervisor_argv(paths, forward)
+
+
+def stop_forwards(paths: LabPaths, timeout_s: float = 5) -> None:
+    """End all supervisors of this lab and their ssh, those of an earlier lab/lab.yml included."""
+    for file in sorted((paths.folder / "forwards").glob("*.pid")):
+        words = command_line(file)
+        # A supervisor of this lab: `python -m fleetfit.lab.forward <this lab's ssh_config> host ports`.
+        if words is not None and words[1:4] == ["-m", "fleetfit.lab.forward", str(config_path(paths))]:
+            os.kill(int(file.read_text()), signal.SIGTERM)
+            deadline = time.monotonic() + timeout_s
+            while command_line(file) == words and time.monotonic() < deadline:
+                time.sleep(0.05)
+        file.unlink()
 
 
 def planned_forwards(paths: LabPaths, definition: dict[str, Any]) -> list[Forward]:
-    """Return the forwards of lab/lab.yml with their ports: the recorded ones, or newly chosen and recorded."""
+    """Return the forwards of lab/lab.yml with their ports, recorded so that they stay the same.
+
+    A recorded port that something else has taken meanwhile is replaced.
+    """
     found = []
     with locked(paths.folder / "lock"):
         state = read_state(paths)
-        taken = {record.ssh_port for record in state.hosts.values()} | set(state.forwards.values())
         for host, services in definition.get("forwards", {}).items():
             for service, remote_port in services.items():
                 name = f"{host} {service}"
-                if name not in state.forwards:
-                    state.forwards[name] = choose_port(paths, f"forward {name}", taken)
-                    taken.add(state.forwards[name])
-                found.append(Forward(host, service, remote_port, state.forwards[name]))
+                known = state.forwards.get(name)
+                forward = Forward(host, service, remote_port, known or 0)
+                if known is None or not (is_running(paths, forward) or port_is_free(known)):
+                    taken = {record.ssh_port for record in state.hosts.values()}
+                    taken |= set(state.forwards.values())
+                    port = choose_port(paths, f"forward {name}", taken)
+                    forward = Forward(host, service, remote_port, port)
+                    state.forwards[name] = port
+                found.append(forward)
         write_state(paths, state)
     return found
 
 
-def start_forward(paths: LabPaths, forward: Forward, timeout_s: float = 10) -> None:
+def start_forward(paths: LabPaths, forward: Forward, timeout_s: float = 15) -> None:
     """Make the forward's supervisor run; raises FleetfitError ``forward_failed`` where its port stays closed."""
-    if supervisor_pid(paths, forward) is None:
-        log = pidfile(paths, forward).with_suffix(".log")
+    log = pidfile(paths, forward).with_suffix(".log")
+    if not is_running(paths, forward):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -112,16 +126,20 @@ def start_forward(paths: LabPaths, forward: Forward, timeout_s: float = 10) -> N
         write_atomically(pidfile(paths, forward), f"{process.pid}\n")
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", forward.local_port), timeout=1).close()
+        if not port_is_free(forward.local_port):
             return
-        except OSError:
-            time.sleep(0.1)
+        time.sleep(0.1)
+    said = " ".join(log.read_text(errors="replace").split("\n")[-3:]).strip()
     raise FleetfitError(
-        f"Nothing answers on 127.0.0.1:{forward.local_port}, which should lead to {forward.name}.",
+        f"Nothing listens on 127.0.0.1:{forward.local_port}, which should lead to {forward.name}: {said}",
         code="forward_failed",
-        remedy=f"Look at {pidfile(paths, forward).with_suffix('.log')}.",
+        remedy=f"Look at {log}, and run `fleetfit lab up` again.",
     )
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it dies, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def supervise(config: str, host: str, spec: str) -> None:
@@ -137,7 +155,7 @@ def supervise(config: str, host: str, spec: str) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     while Path(config).exists():
-        child = subprocess.Popen(argv)
+        child = subprocess.Popen(argv, preexec_fn=die_with_parent)
         child.wait()
         time.sleep(RESTART_PAUSE_S)
 

@@ -13,7 +13,8 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.errors import Fleetfi
 
 from .console import step
 from .images import ensure_image
-from .machine import Machine, podman, ulimit_options
+from .machine import Machine, podman
+from .oneoff import run_in_container
 from .paths import cache_root, checkout_root, locked
 from .process import run
 
@@ -52,10 +53,13 @@ def ensure_library(machine: Machine) -> Path:
             return library
         step("Compiling the simulated NVML library")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            argv = ["run", "--rm", "--network=none", *ulimit_options(machine)]
-            argv += [f"--volume={source}:/source:ro", f"--volume={scratch}:/out", ensure_image("builder")]
-            argv += ["sh", "/source/build", "/out"]
-            run(podman(machine, *argv), what="compile the simulated NVML library")
+            run_in_container(
+                machine,
+                ensure_image("builder"),
+                ["sh", "/source/build", "/out"],
+                what="compile the simulated NVML library",
+                volumes={source: "/source:ro", Path(scratch): "/out"},
+            )
             os.replace(Path(scratch, LIBRARY), library)
     return library
 

@@ -18,9 +18,9 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.pip_fetch import file
 
 from .console import step
 from .images import ensure_image
-from .machine import Machine, podman, ulimit_options
+from .machine import Machine
+from .oneoff import run_in_container
 from .paths import cache_root, locked, write_atomically
-from .process import run
 
 MODEL = "smollm2-135m-instruct"
 BASE_VARIANT = "Q4_1"
@@ -89,12 +89,19 @@ def quantized_files(machine: Machine, engine: BuiltEngine, base: HubFile) -> dic
             if target.exists():
                 continue
             step(f"Quantizing the lab's model to {name}")
-            argv = ["run", "--rm", "--network=none", *ulimit_options(machine)]
-            argv += [f"--volume={base.path.parent}:/base:ro", f"--volume={folder}:/out"]
-            argv += [f"--volume={engine.bin_dir}:/engine:ro", ensure_image("builder")]
-            argv += ["/engine/llama-quantize", "--allow-requantize", f"/base/{base.name}"]
-            argv += [f"/out/{target.name}.partial", name]
-            run(podman(machine, *argv), what=f"quantize the model to {name}")
+            run_in_container(
+                machine,
+                ensure_image("builder"),
+                [
+                    "/engine/llama-quantize",
+                    "--allow-requantize",
+                    f"/base/{base.name}",
+                    f"/out/{target.name}.partial",
+                    name,
+                ],
+                what=f"quantize the model to {name}",
+                volumes={base.path.parent: "/base:ro", folder: "/out", engine.bin_dir: "/engine:ro"},
+            )
             os.replace(folder / f"{target.name}.partial", target)
     paths = {name: folder / base.name.replace(BASE_VARIANT, name) for name in QUANTIZATIONS}
     sums = {name: file_sha256(path) for name, path in paths.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,3 +76,15 @@ def run(
 def output(argv: Sequence[str], *, what: str) -> str:
     """Return the standard output of ``argv`` as stripped text; raises like ``run``."""
     return run(argv, what=what).stdout.decode(errors="replace").strip()
+
+
+def stop_children() -> None:
+    """Ask all programs that this process started in its own session to end; what they made stays."""
+    session = os.getsid(0)
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for pid in listed.read_text().split():
+            try:
+                if os.getsid(int(pid)) == session:
+                    os.kill(int(pid), signal.SIGTERM)
+            except ProcessLookupError:
+                continue  # it ended by itself

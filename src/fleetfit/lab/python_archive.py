@@ -23,7 +23,8 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.pip_fetch import file
 
 from .console import step
 from .images import ensure_image
-from .machine import Machine, podman, ulimit_options
+from .machine import Machine
+from .oneoff import run_in_container
 from .paths import cache_root, locked, write_atomically
 from .process import run
 
@@ -195,13 +196,21 @@ def ensure_python_archive(machine: Machine, series: str, suite: str) -> PythonAr
             tree = Path(scratch, "tree")
             tree.mkdir()
             collect(python, series, tree)
-            argv = ["run", "--rm", "--network=none", *ulimit_options(machine), f"--volume={tree}:/tree"]
-            argv += [ensure_image("builder"), "sh", "-c", PATCH_SCRIPT]
-            run(podman(machine, *argv), what="make CPython relocatable")
+            run_in_container(
+                machine,
+                ensure_image("builder"),
+                ["sh", "-c", PATCH_SCRIPT],
+                what="make CPython relocatable",
+                volumes={tree: "/tree"},
+            )
             pack(tree, archive)
-        argv = ["run", "--rm", "--network=none", *ulimit_options(machine), f"--volume={folder}:/archive:ro"]
-        argv += [ensure_image(suite), "sh", "-c", CHECK_SCRIPT, "check", archive.name, SELF_CHECK]
-        run(podman(machine, *argv), what=f"run the packed CPython {version} on {suite}")
+        run_in_container(
+            machine,
+            ensure_image(suite),
+            ["sh", "-c", CHECK_SCRIPT, "check", archive.name, SELF_CHECK],
+            what=f"run the packed CPython {version} on {suite}",
+            volumes={folder: "/archive:ro"},
+        )
         data = {"schema_version": 1, "sha256": file_sha256(archive), "size": archive.stat().st_size}
         write_atomically(record, json.dumps(data))
         return PythonArchive(version, archive, data["sha256"], data["size"])

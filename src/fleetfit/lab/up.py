@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import build_first
 
 from . import containers, mirror, model
@@ -18,6 +19,7 @@ from .engine import GLIBC, ensure_engine, lab_build
 from .forward import Forward, planned_forwards, start_forward
 from .machine import Machine, ready_machine
 from .paths import LabPaths, cache_root, checkout_root, locked
+from .process import stop_children
 from .python_archive import ensure_python_archive
 
 # gpu-small is Debian 13 (Python 3.13), on which Open WebUI does not run: it gets a managed CPython.
@@ -105,6 +107,35 @@ def make_wheelhouse(artifacts: Artifacts) -> None:
     )
 
 
+def run_side_by_side(jobs: Mapping[str, Callable[[], None]]) -> None:
+    """Run the jobs at the same time, all to their end, then raise the first one's error if any failed.
+
+    An interrupt ends the programs that the jobs started and is raised as KeyboardInterrupt.
+    """
+
+    def finish(name: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except FleetfitError as error:
+            if not interrupted.is_set():
+                note(f"{name}: failed: {error.message} Finishing what else is under way.")
+            raise
+
+    interrupted = threading.Event()
+    pool = ThreadPoolExecutor(len(jobs))
+    running = [pool.submit(finish, name, job) for name, job in jobs.items()]
+    try:
+        wait(running)
+    except KeyboardInterrupt:
+        interrupted.set()
+        stop_children()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for job in running:
+        job.result()
+
+
 def bring_up(paths: LabPaths, *, hosts_only: bool = False) -> list[Forward]:
     """Bring the lab up and return its forwards; whatever is there and whole is left alone.
 
@@ -114,17 +145,14 @@ def bring_up(paths: LabPaths, *, hosts_only: bool = False) -> list[Forward]:
     machine = ready_machine()
     copy_authorities(paths)
     artifacts = Artifacts(paths)
-    jobs: list[Callable[[], None]] = [lambda: start_hosts(paths, machine)]
+    jobs: dict[str, Callable[[], None]] = {"hosts": lambda: start_hosts(paths, machine)}
     if not hosts_only:
-        jobs += [
-            lambda: make_engine_and_models(artifacts, machine),
-            lambda: make_python(artifacts, machine),
-            lambda: make_wheelhouse(artifacts),
-        ]
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        running = [pool.submit(job) for job in jobs]
-    for job in running:
-        job.result()
+        jobs |= {
+            "engine and models": lambda: make_engine_and_models(artifacts, machine),
+            "CPython": lambda: make_python(artifacts, machine),
+            "wheelhouse": lambda: make_wheelhouse(artifacts),
+        }
+    run_side_by_side(jobs)
     forwards = planned_forwards(paths, lab_definition())
     for forward in forwards:
         start_forward(paths, forward)
