@@ -11,6 +11,7 @@ from .memory import CUDA_OVERHEAD_BYTES, DeviceBudget, calibrated_margin_bytes
 
 SCHEMA_VERSION = 1
 # What identifies the circumstances of a measurement; records of other circumstances say nothing.
+BUFFERS = ("weights", "kv_cache", "compute")
 KEY = ("engine", "engine_version", "gpu", "model", "variant")
 
 
@@ -34,7 +35,7 @@ def measurement(
         for term, value in terms.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise _bad(f"{name} {term} is {value!r}, which is not a size in bytes")
-    for term in ("weights", "kv_cache", "compute"):
+    for term in BUFFERS:
         if term not in predicted:
             raise _bad(f"the predicted {term} is missing")
     if "total" not in measured:
@@ -50,13 +51,49 @@ def measurement(
     }
 
 
+def measurements_of_host(facts: Mapping[str, Any], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the measurements that a host's live facts and its plan make: one per device that holds an
+    engine.
+
+    What the driver says of our own processes is the measured total. A host with simulated GPUs gives none:
+    what a simulation charges was not measured.
+    """
+    live = (facts.get("live") or {}).get("devices") or {}
+    names = {item["uuid"]: item["name"] for item in facts["stable"].get("accelerators") or ()}
+    found = []
+    for deployment in plan.get("deployments") or ():
+        if deployment.get("cpu_mapping") is not None:
+            continue
+        for device in deployment.get("devices") or ():
+            processes = (live.get(device["id"]) or {}).get("processes") or ()
+            used = sum(
+                item["used_bytes"]
+                for item in processes
+                if item.get("owner") == "fleetfit" and isinstance(item.get("used_bytes"), int)
+            )
+            if not used:
+                continue
+            found.append(
+                measurement(
+                    engine=deployment["engine"],
+                    engine_version=deployment["engine_version"],
+                    gpu=names.get(device["id"], device["name"]),
+                    model=deployment["model"],
+                    variant=deployment["variant"],
+                    predicted={name: device[name] for name in (*BUFFERS, "total", "margin")},
+                    measured={"total": used},
+                )
+            )
+    return found
+
+
 def overhead_of(item: Mapping[str, Any]) -> int:
     """Return what the process holds beside model, cache and compute, in bytes: the overhead that was real.
 
     Where the engine logged its buffers they are taken from the total, else the predicted ones.
     """
     measured, predicted = item["measured"], item["predicted"]
-    buffers = sum(measured.get(term, predicted[term]) for term in ("weights", "kv_cache", "compute"))
+    buffers = sum(measured.get(term, predicted[term]) for term in BUFFERS)
     return max(0, int(measured["total"]) - int(buffers))
 
 
@@ -75,7 +112,7 @@ def records_of(measurements: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
         residual = max(
             abs(
                 int(item["measured"]["total"])
-                - sum(int(item["predicted"][term]) for term in ("weights", "kv_cache", "compute"))
+                - sum(int(item["predicted"][term]) for term in BUFFERS)
                 - overhead
             )
             for item in items

@@ -132,6 +132,7 @@ def deployment_of(request: Request, chosen: Candidate, facts: Mapping[str, Any])
     entry, variant, policy = request.entry, chosen.variant, request.policy
     deployment: dict[str, Any] = {
         "engine": chosen.engine,
+        "engine_version": str(request.engines["engines"][chosen.engine]["version"]),
         "model": entry.id,
         "variant": variant.name,
         "format": variant.format,
