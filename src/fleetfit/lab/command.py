@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from . import containers
 from .console import console
+from .down import take_down
 from .paths import lab_paths
-from .up import bring_up
+from .status import as_document, look, print_status
+from .up import bring_up, lab_definition
 
 
 @click.group()
@@ -31,9 +35,24 @@ def up(hosts_only: bool, deploy: bool) -> None:
 
 
 @lab.command()
-def down() -> None:
-    """Remove this checkout's lab and free its disk."""
-    containers.remove_everything(lab_paths())
+@click.option("--keep-images", is_flag=True, help="Keep the images, so that the next up takes seconds.")
+@click.option("--cache", is_flag=True, help="Also empty the cache: engine, wheelhouse, models, images.")
+def down(keep_images: bool, cache: bool) -> None:
+    """Remove this checkout's lab and free its disk; the cache stays unless --cache is given."""
+    take_down(lab_paths(), images=not keep_images, cache=cache)
+    console.print("The lab is down.")
+
+
+@lab.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(as_json: bool) -> None:
+    """Show what of the lab is there; exit code 0 if all of it is up, else 1."""
+    parts = look(lab_paths(), lab_definition())
+    if as_json:
+        click.echo(json.dumps(as_document(parts), indent=1))
+    else:
+        print_status(parts, console)
+    raise click.exceptions.Exit(0 if all(part.ok for part in parts) else 1)
 
 
 @lab.group("host")
@@ -58,6 +77,14 @@ def host_up(
         image = ensure_layer(layer, suite)
     host = containers.start_host(name, suite, user=user, profile=profile, image=image)
     console.print(f"ssh -F {host.ssh_config} {host.name}")
+
+
+@host_group.command("profile")
+@click.argument("name")
+@click.argument("profile")
+def host_profile(name: str, profile: str) -> None:
+    """Give the running host NAME the simulated GPU PROFILE ("none": no GPU), as if cards were swapped."""
+    containers.set_profile(name, None if profile == "none" else profile)
 
 
 @host_group.command("down")

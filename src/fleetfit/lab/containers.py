@@ -203,6 +203,23 @@ def start_host(
     return Host(name, container, record.ssh_port, user, str(config_path(paths)))
 
 
+def set_profile(name: str, profile: str | None, *, paths: LabPaths | None = None) -> None:
+    """Give a recorded host another simulated GPU; raises FleetfitError ``unknown_host``."""
+    paths = paths or lab_paths()
+    machine = ready_machine()
+    gpu, digest = gpu_files(machine, profile)
+    with locked(paths.folder / "lock"):
+        state = read_state(paths)
+        if name not in state.hosts:
+            raise FleetfitError(
+                f"The lab has no host {name!r}.",
+                code="unknown_host",
+                remedy=f"It has {', '.join(sorted(state.hosts)) or 'none: run fleetfit lab up'}.",
+            )
+        apply_gpu(machine, paths.container(name), gpu, profile)
+        record_host(paths, state, name, replace(state.hosts[name], profile=profile, gpu=digest))
+
+
 def create_host(
     paths: LabPaths,
     machine: Machine,
