@@ -11,7 +11,7 @@ from .errors import FleetfitError
 from .memory import DeviceBudget, HostBudget
 from .policy import Policy
 from .speed import DEFAULT_RAM_BANDWIDTH_BYTES_PER_S
-from .units import MIB
+from .units import GIB, MIB
 
 FACTS_SCHEMA_VERSION = 1
 # Problems that leave it unknown what GPUs the host can use: planning without them would silently degrade it.
@@ -244,6 +244,6 @@ def mig_memory_slices(profile: str, parent_total_bytes: Optional[int]) -> Option
     match = _MIG_PROFILE.match(profile)
     if match is None or not parent_total_bytes:
         return None
-    share = int(match.group(1)) * 1e9 / (parent_total_bytes * 1.0)
-    slices = round(share * MIG_MEMORY_SLICES)
+    # The profile's gb are an eighth's multiple of what the card is called by; its total is a little less.
+    slices = round(int(match.group(1)) * GIB / parent_total_bytes * MIG_MEMORY_SLICES)
     return min(max(slices, 1), MIG_MEMORY_SLICES)

@@ -8,9 +8,10 @@ placement is then checked by the memory model itself.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, permutations
+from itertools import accumulate, combinations, permutations
 from typing import Optional
 
 from . import memory_llama_cpp as llama
@@ -21,7 +22,7 @@ from .speed import LLAMA_CPP_CPU, LLAMA_CPP_GPU, Efficiency, expected_tokens_per
 from .tensor_sizes import TensorLayout
 
 # With more devices than this only the fastest and the largest groups are tried, not every subset and order.
-EXHAUSTIVE_DEVICES = 4
+EXHAUSTIVE_DEVICES = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class LlamaPlacer:
         self.cache_ram_bytes = cache_ram_bytes
         self.n_ubatch = n_ubatch
         self._groups = device_groups(view.devices)
+        self._sizes: dict[tuple[int, int], list[int]] = {}
+        self._input_bytes: dict[int, tuple[int, int]] = {}
+        self._buffer_bytes: dict[tuple[int, llama.GraphMode, bool, bool], int] = {}
 
     def best(self, context_tokens: int) -> Optional[Placement]:
         """Return the best placement that fits: resident on the GPUs, else partly offloaded, else on the
@@ -92,34 +96,27 @@ class LlamaPlacer:
         return min(attempts, key=lambda item: (_missing(item.estimate), len(item.devices)))
 
     def max_context_tokens(self, placement: Placement, limit_tokens: int) -> int:
-        """Return the longest context (a multiple of 256, or the limit) at which the model still fits in the
-        same way.
+        """Return the longest context (a multiple of 256, or the limit) that fits as well as ``placement`` does.
 
-        For a resident model: on the same devices, split anew; else with the same layers in the same places.
+        For a resident model: at which it still is, on whatever devices; else at which it fits anyhow.
         """
-
-        def fits(context_tokens: int) -> bool:
-            if placement.resident and placement.devices:
-                return any(self._holds_all(order, context_tokens) for order in _orders(placement.devices))
-            return self._estimate(
-                placement.devices,
-                placement.n_gpu_layers,
-                placement.tensor_split,
-                placement.n_cpu_moe,
-                context_tokens,
-            ).fits
-
-        return longest_context(fits, limit_tokens)
+        if not placement.resident:
+            return self.max_context_anyhow(limit_tokens)
+        return longest_context(self._holds_all, limit_tokens)
 
     def max_context_anyhow(self, limit_tokens: int) -> int:
         """Return the longest context at which any placement fits; 0 where not even 256 tokens do."""
         return longest_context(lambda tokens: self.best(tokens) is not None, limit_tokens)
 
-    def _holds_all(self, group: tuple[DeviceBudget, ...], context_tokens: int) -> bool:
-        counts = self._fill(group, context_tokens, n_cpu_moe=0)
-        if counts is None or sum(counts) < self._all:
-            return False
-        return self._estimate(group, self._all, counts, 0, context_tokens).fits
+    def _holds_all(self, context_tokens: int) -> bool:
+        """Return whether some group of devices holds the whole model."""
+        for group in self._groups:
+            counts = self._filled(group, context_tokens, 0, everything=True)
+            if counts is None or sum(counts) < self._all:
+                continue
+            if self._estimate(group, self._all, counts, 0, context_tokens).fits:
+                return True
+        return False
 
     @property
     def _all(self) -> int:
@@ -215,10 +212,10 @@ class LlamaPlacer:
         self, group: Sequence[DeviceBudget], context_tokens: int, n_cpu_moe: int, *, everything: bool
     ) -> Optional[tuple[int, ...]]:
         layout = self.layout
-        kv = self._kv_by_layer(context_tokens)
+        sizes = self._cumulated(context_tokens, n_cpu_moe)
         mode = llama.GraphMode(everything, everything and len(group) > 1 and not n_cpu_moe)
         counts = [0] * len(group)
-        layer = self.shape.layers - 1
+        placed = 0
         for index in range(len(group) - 1, -1, -1):
             device = group[index]
             is_last = index == len(group) - 1
@@ -234,45 +231,64 @@ class LlamaPlacer:
             if device.memory_kind == "unified":
                 # The host's part of the engine lives in the same memory.
                 room -= self._host_need(context_tokens, mode, bool(n_cpu_moe))
-            while layer >= 0:
-                size = layout.blocks[layer] + kv[layer]
-                if layer < n_cpu_moe:
-                    size -= layout.block_experts[layer]
-                if size > room:
-                    break
-                room -= size
-                counts[index] += 1
-                layer -= 1
+            here = max(bisect_right(sizes, sizes[placed] + room) - 1 - placed, 0)
+            counts[index] += here
+            placed += here
             if counts[index] == 0:
                 return None
         return tuple(counts)
 
+    def _cumulated(self, context_tokens: int, n_cpu_moe: int) -> list[int]:
+        """Return the bytes of the last 0, 1, 2 … blocks with their cache, without experts kept in RAM."""
+        key = (context_tokens, n_cpu_moe)
+        if key not in self._sizes:
+            kv = llama.kv_cache_bytes_by_layer(
+                self.shape,
+                context_tokens=context_tokens,
+                slots=self.slots,
+                n_ubatch=self.n_ubatch,
+                kv_type_k=self.kv_type_k,
+                kv_type_v=self.kv_type_v,
+            )
+            layout = self.layout
+            blocks = [
+                layout.blocks[layer] + kv[layer] - (layout.block_experts[layer] if layer < n_cpu_moe else 0)
+                for layer in range(self.shape.layers - 1, -1, -1)
+            ]
+            self._sizes[key] = list(accumulate(blocks, initial=0))
+        return self._sizes[key]
+
     def _inputs(self, context_tokens: int) -> tuple[int, int]:
         """Return (tokens of a micro-batch, bytes of the attention's inputs)."""
-        tokens = llama.graph_tokens(self.n_ubatch, context_tokens, self.slots)
-        return tokens, llama.attention_input_bytes(
-            self.shape,
-            tokens=tokens,
-            context_tokens=context_tokens,
-            n_ubatch=self.n_ubatch,
-            kv_type_k=self.kv_type_k,
-            kv_type_v=self.kv_type_v,
-        )
+        if context_tokens not in self._input_bytes:
+            tokens = llama.graph_tokens(self.n_ubatch, context_tokens, self.slots)
+            inputs = llama.attention_input_bytes(
+                self.shape,
+                tokens=tokens,
+                context_tokens=context_tokens,
+                n_ubatch=self.n_ubatch,
+                kv_type_k=self.kv_type_k,
+                kv_type_v=self.kv_type_v,
+            )
+            self._input_bytes[context_tokens] = (tokens, inputs)
+        return self._input_bytes[context_tokens]
 
     def _buffers(self, context_tokens: int, mode: llama.GraphMode, is_last: bool, is_first: bool) -> int:
-        """Return the compute buffer of a device that holds several blocks, and CUDA's converted cache
-        layer."""
-        tokens, inputs = self._inputs(context_tokens)
-        return llama.device_compute_bytes(
-            self.shape,
-            llama.Placement(is_last, 2, True, is_first),
-            mode,
-            tokens=tokens,
-            context_tokens=context_tokens,
-            attention_inputs=inputs,
-        ) + llama.kv_dequantization_bytes(
-            self.shape, context_tokens=context_tokens, kv_type_k=self.kv_type_k, kv_type_v=self.kv_type_v
-        )
+        """Return the compute buffer of a device with several blocks, and CUDA's converted cache layer."""
+        key = (context_tokens, mode, is_last, is_first)
+        if key not in self._buffer_bytes:
+            tokens, inputs = self._inputs(context_tokens)
+            self._buffer_bytes[key] = llama.device_compute_bytes(
+                self.shape,
+                llama.Placement(is_last, 2, True, is_first),
+                mode,
+                tokens=tokens,
+                context_tokens=context_tokens,
+                attention_inputs=inputs,
+            ) + llama.kv_dequantization_bytes(
+                self.shape, context_tokens=context_tokens, kv_type_k=self.kv_type_k, kv_type_v=self.kv_type_v
+            )
+        return self._buffer_bytes[key]
 
     def _balanced(self, placement: Placement, context_tokens: int) -> Placement:
         """Return the placement with its layers spread by budget, where the devices are equally fast and it
@@ -360,16 +376,6 @@ class LlamaPlacer:
                 any_offloaded=True,
                 experts_on_host=experts_on_host,
             )
-        )
-
-    def _kv_by_layer(self, context_tokens: int) -> tuple[int, ...]:
-        return llama.kv_cache_bytes_by_layer(
-            self.shape,
-            context_tokens=context_tokens,
-            slots=self.slots,
-            n_ubatch=self.n_ubatch,
-            kv_type_k=self.kv_type_k,
-            kv_type_v=self.kv_type_v,
         )
 
     def _parts(

@@ -68,6 +68,9 @@ def make_plan(
     if best is None:
         raise nothing_fits(request, candidates)
     kept = None if policy.replan else _kept(candidates, policy, previous)
+    if kept is not None and best.resident and not kept.resident:
+        # It would fit only with layers in RAM: kept on these terms, the host would silently be slow.
+        kept = None
     chosen = kept or best
     sticky = kept is not None and kept is not best
     return {
@@ -225,12 +228,12 @@ def reason_of(
         if item.rejected is not None:
             if item.rejected.code in ("engine_not_available", "no_gpu"):
                 continue
-            hurdles.append(f"{item.variant.name}: {item.rejected.reason}")
+            hurdles.append(f"{item.variant.name} is out, {item.rejected.reason}")
         elif chosen.resident and not item.resident:
             hurdles.append(f"{item.variant.name} would leave layers in RAM")
     if not hurdles:
         return f"{first}."
-    return f"{first}; not {'; not '.join(dict.fromkeys(hurdles))}."
+    return f"{first}; {'; '.join(dict.fromkeys(hurdles))}."
 
 
 def _place(chosen: Candidate) -> str:

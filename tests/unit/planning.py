@@ -24,9 +24,9 @@ CATALOG = load_catalog()
 CARDS = {card.name: card for card in cards_of(CATALOG.gpus)}
 
 
-def accelerator(name: str, *, index: int = 0, **changes: Any) -> dict[str, Any]:
+def accelerator(card_name: str, *, index: int = 0, **changes: Any) -> dict[str, Any]:
     """Return a catalog's card as a host's facts show it."""
-    card = CARDS[name]
+    card = CARDS[card_name]
     reserved = None if card.reserved_mib is None else card.reserved_mib * MIB
     return {
         "uuid": f"GPU-{index}",

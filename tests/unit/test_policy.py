@@ -1,0 +1,86 @@
+"""The policy is read from play variables; a mistake names the variable and its value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import pytest
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.policy import Policy, policy_from_variables
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import SCHEMA_DIR, read_yaml
+
+
+def test_defaults_are_the_contracts() -> None:
+    assert policy_from_variables({"fleetfit_model": "m"}) == Policy(
+        model="m",
+        min_context_tokens=8192,
+        slots=2,
+        prefer="quality",
+        min_quality_tier="Q4_K_M",
+        min_tokens_per_s=0.0,
+        engine="auto",
+        kv_type="f16",
+        accepted_licences=(),
+        vram_reserve_bytes=0,
+    )
+
+
+def test_texts_from_the_command_line_are_numbers_and_booleans() -> None:
+    policy = policy_from_variables(
+        {
+            "fleetfit_model": "m",
+            "fleetfit_slots": "4",
+            "fleetfit_min_tokens_per_s": "7.5",
+            "fleetfit_replan": "yes",
+            "fleetfit_use_gpus": "false",
+        }
+    )
+    assert (policy.slots, policy.min_tokens_per_s, policy.replan, policy.use_gpus) == (4, 7.5, True, False)
+
+
+@pytest.mark.parametrize("model", [None, "", "  "])
+def test_no_model_named(model: str | None) -> None:
+    with pytest.raises(FleetfitError, match="Set fleetfit_model") as caught:
+        policy_from_variables({"fleetfit_model": model})
+    assert caught.value.code == "model_not_named"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fleetfit_model", 7),
+        ("fleetfit_min_context_tokens", 0),
+        ("fleetfit_min_context_tokens", "much"),
+        ("fleetfit_min_context_tokens", 1.5),
+        ("fleetfit_slots", -1),
+        ("fleetfit_slots", True),
+        ("fleetfit_prefer", "cheap"),
+        ("fleetfit_engine", "ollama"),
+        ("fleetfit_kv_type", "q3"),
+        ("fleetfit_min_quality_tier", "best"),
+        ("fleetfit_min_tokens_per_s", -1),
+        ("fleetfit_min_tokens_per_s", "fast"),
+        ("fleetfit_min_tokens_per_s", float("nan")),
+        ("fleetfit_vram_reserve_bytes", -1),
+        ("fleetfit_accepted_licences", "apache-2.0"),
+        ("fleetfit_replan", "perhaps"),
+    ],
+)
+def test_a_mistake_names_the_variable_and_the_value(name: str, value: Any) -> None:
+    with pytest.raises(FleetfitError) as caught:
+        policy_from_variables({"fleetfit_model": "m", name: value})
+    assert caught.value.code == "bad_policy"
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "tier"), [("F16", "Q8_0"), ("AWQ", "Q4_K_M"), ("rest", "rest")])
+def test_a_scheme_stands_for_its_tier(given: str, tier: str) -> None:
+    policy = policy_from_variables({"fleetfit_model": "m", "fleetfit_min_quality_tier": given})
+    assert policy.min_quality_tier == tier
+
+
+def test_the_recorded_policy_is_what_the_schema_says() -> None:
+    schema = read_yaml(SCHEMA_DIR / "policy.json")
+    jsonschema.Draft202012Validator(schema).validate(Policy(model="m").as_dict())

@@ -1,0 +1,382 @@
+"""The decision: hard constraints with stable codes, then residency, tier and speed, never a silent degradation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.selection import (
+    REJECTION_CODES,
+    Candidate,
+    NothingFitsError,
+    choose,
+    evaluate,
+    select,
+)
+from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB, MIB
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .planning import accelerator, cards, facts, request
+
+BOTH = ("llama_cpp", "vllm")
+
+
+def by_name(candidates: tuple[Candidate, ...], variant: str) -> Candidate:
+    return next(item for item in candidates if item.variant.name == variant)
+
+
+def rejection(model: str, host: dict[str, Any], variant: str, **variables: Any) -> str | None:
+    found = by_name(evaluate(request(model, host, **variables)), variant)
+    return None if found.rejected is None else found.rejected.code
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "variables", "variant", "resident"),
+    [
+        ("qwen2.5-7b-instruct", ["RTX 3060 12GB"], {}, "Q8_0", True),
+        ("qwen2.5-7b-instruct", ["RTX 3060 12GB"], {"min_context_tokens": 32768, "slots": 2}, "Q6_K", True),
+        ("qwen2.5-7b-instruct", ["RTX 3060 12GB"], {"prefer": "speed"}, "Q4_K_M", True),
+        # Q8_0 and F16 are one tier: of the two that fit, the faster.
+        ("qwen2.5-7b-instruct", ["RTX 4090"], {}, "Q8_0", True),
+        # All reach the model's limit there, so the better tier; on the small card the longest context.
+        ("qwen2.5-7b-instruct", ["RTX 4090"], {"prefer": "context"}, "Q8_0", True),
+        ("qwen2.5-7b-instruct", ["RTX 3060 12GB"], {"prefer": "context"}, "Q4_K_M", True),
+        ("qwen2.5-14b-instruct", ["RTX 4090"], {}, "Q8_0", True),
+        ("qwen2.5-32b-instruct", ["RTX 4090", "RTX 4090"], {}, "Q8_0", True),
+        ("qwen2.5-32b-instruct", ["RTX 4090", "RTX 3060 12GB"], {}, "Q6_K", True),
+        # Nothing at or above the minimum tier is resident: the best tier, partly in RAM, and it says so.
+        ("qwen2.5-14b-instruct", ["RTX 3060 8GB"], {}, "Q8_0", False),
+        ("qwen2.5-7b-instruct", [], {}, "Q8_0", False),
+    ],
+)
+def test_what_is_chosen(
+    model: str, names: list[str], variables: dict[str, Any], variant: str, resident: bool
+) -> None:
+    best, _ = select(request(model, facts(cards(*names)), **variables))
+    assert (best.variant.name, best.resident) == (variant, resident)
+
+
+def test_resident_beats_a_better_tier_that_is_not() -> None:
+    best, candidates = select(request("qwen2.5-14b-instruct", facts(cards("RTX 3060 12GB")), slots=1))
+    better = by_name(candidates, "Q8_0")
+    assert better.fits
+    assert not better.resident
+    assert best.resident
+    assert best.variant.tier_rank > better.variant.tier_rank
+
+
+def test_every_device_and_the_host_hold_their_share_and_terms_add_up() -> None:
+    host = facts(cards("RTX 4090", "RTX 3060 12GB", "T4"), ram_gib=64)
+    for item in evaluate(request("qwen2.5-72b-instruct", host, engines=BOTH, accepted_licences=["qwen"])):
+        data = item.as_dict()
+        places = [*data["devices"], data["host"]]
+        for term in ("weights", "kv_cache", "compute", "overhead", "margin", "total", "budget"):
+            assert data["memory_bytes"][term] == sum(place[term] for place in places)
+        for place in places:
+            parts = ("weights", "kv_cache", "compute", "overhead", "margin")
+            assert place["total"] == sum(place[term] for term in parts)
+            if item.fits:
+                assert place["total"] <= place["budget"]
+
+
+@pytest.mark.parametrize(
+    ("code", "model", "host", "variant", "variables"),
+    [
+        ("engine_not_available", "qwen2.5-7b-instruct", facts(cards("RTX 4090")), "AWQ", {}),
+        ("licence_not_accepted", "qwen2.5-3b-instruct", facts(cards("RTX 4090")), "Q8_0", {}),
+        ("below_min_quality_tier", "qwen2.5-7b-instruct", facts(cards("RTX 4090")), "Q2_K", {}),
+        ("kv_type_not_allowed", "qwen2.5-7b-instruct", facts(cards("RTX 4090")), "Q8_0", {"kv_type": "q4_0"}),
+        (
+            "kv_type_not_supported",
+            "qwen2.5-7b-instruct",
+            facts(cards("RTX 4090")),
+            "Q8_0",
+            {"kv_type": "fp8"},
+        ),
+        (
+            "kv_type_not_supported",
+            "qwen2.5-7b-instruct",
+            facts(cards("RTX 4090")),
+            "AWQ",
+            {"kv_type": "q8_0", "engines": BOTH},
+        ),
+        ("no_gpu", "qwen2.5-7b-instruct", facts(), "AWQ", {"engines": BOTH}),
+        (
+            "mig_not_supported",
+            "qwen2.5-7b-instruct",
+            facts([accelerator("A100 80GB", mig_profile="3g.40gb")]),
+            "AWQ",
+            {"engines": BOTH},
+        ),
+        # Volta and Pascal are out of vLLM's wheel, and in llama.cpp's CUDA 12 build.
+        (
+            "compute_capability_too_low",
+            "qwen2.5-7b-instruct",
+            facts(cards("GTX 1080 Ti")),
+            "AWQ",
+            {"engines": BOTH},
+        ),
+        ("driver_too_old", "qwen2.5-7b-instruct", facts(cards("RTX 4090"), driver="470.82.01"), "Q8_0", {}),
+        (
+            "driver_too_old",
+            "qwen2.5-7b-instruct",
+            facts(cards("RTX 4090"), driver="470.82.01"),
+            "AWQ",
+            {"engines": BOTH},
+        ),
+        ("too_slow", "qwen2.5-7b-instruct", facts(cards("RTX 3060 12GB")), "Q8_0", {"min_tokens_per_s": 50}),
+        (
+            "speed_unknown",
+            "qwen2.5-7b-instruct",
+            facts([accelerator("RTX 4090", name="A card of tomorrow")]),
+            "Q8_0",
+            {"min_tokens_per_s": 1},
+        ),
+        ("not_pinned", "qwen2.5-7b-instruct", facts(cards("RTX 4090")), "Q8_0", {"require_pinned": True}),
+        ("does_not_fit", "qwen2.5-72b-instruct", facts(cards("T4")), "Q8_0", {"accepted_licences": ["qwen"]}),
+    ],
+)
+def test_each_hard_constraint_has_its_code(
+    code: str, model: str, host: dict[str, Any], variant: str, variables: dict[str, Any]
+) -> None:
+    assert code in REJECTION_CODES
+    assert rejection(model, host, variant, **variables) == code
+
+
+def test_pascal_serves_with_llama_cpp() -> None:
+    assert rejection("qwen2.5-7b-instruct", facts(cards("GTX 1080 Ti")), "Q4_K_M") is None
+
+
+def test_a_missing_byte_count_names_the_place_and_the_number() -> None:
+    item = by_name(
+        evaluate(request("qwen2.5-72b-instruct", facts(cards("T4")), accepted_licences=["qwen"])), "Q8_0"
+    )
+    assert item.rejected is not None
+    assert item.rejected.device == "host"
+    host = item.as_dict()["host"]
+    assert item.rejected.short_by_bytes == host["total"] - host["budget"] > 0
+
+
+def test_vllm_on_turing_runs_in_half_precision() -> None:
+    item = by_name(
+        evaluate(request("qwen2.5-1.5b-instruct", facts(cards("T4")), engines=BOTH, slots=1)), "BF16"
+    )
+    assert item.fits
+    assert item.settings["dtype"] == "half"
+    ampere = by_name(
+        evaluate(request("qwen2.5-1.5b-instruct", facts(cards("RTX 3090")), engines=BOTH, slots=1)), "BF16"
+    )
+    assert ampere.settings["dtype"] == "bfloat16"
+
+
+def test_context_above_native_is_extended_and_above_the_limit_refused() -> None:
+    best, _ = select(
+        request("qwen2.5-7b-instruct", facts(cards("RTX 4090")), min_context_tokens=65536, slots=1)
+    )
+    assert best.settings["rope"] == {"scaling": "yarn", "scale": 4.0, "original_context_tokens": 32768}
+    assert best.settings["n_ctx"] == 65536
+    within, _ = select(
+        request("qwen2.5-7b-instruct", facts(cards("RTX 4090")), min_context_tokens=32768, slots=1)
+    )
+    assert within.settings["rope"] is None
+    with pytest.raises(FleetfitError, match="131072 with YaRN") as caught:
+        evaluate(request("qwen2.5-7b-instruct", facts(cards("RTX 4090")), min_context_tokens=131073))
+    assert caught.value.code == "context_above_limit"
+    with pytest.raises(FleetfitError, match="supports 32768 tokens"):
+        evaluate(request("qwen2.5-0.5b-instruct", facts(cards("RTX 4090")), min_context_tokens=32769))
+
+
+def test_the_context_served_is_the_one_asked_for() -> None:
+    best, _ = select(
+        request("qwen2.5-0.5b-instruct", facts(cards("RTX 4090")), min_context_tokens=1000, slots=3)
+    )
+    assert best.context_tokens == 1000
+    assert best.settings["n_ctx"] == 3 * 1024
+    assert best.max_context_tokens == 32768
+
+
+def test_the_longest_context_fits_and_the_next_step_does_not() -> None:
+    host = facts(cards("RTX 3060 12GB"))
+    best, _ = select(request("qwen2.5-7b-instruct", host, slots=1))
+    longest = best.max_context_tokens
+    at_limit = by_name(
+        evaluate(request("qwen2.5-7b-instruct", host, slots=1, min_context_tokens=longest)), best.variant.name
+    )
+    beyond = by_name(
+        evaluate(request("qwen2.5-7b-instruct", host, slots=1, min_context_tokens=longest + 256)),
+        best.variant.name,
+    )
+    assert at_limit.fits
+    assert at_limit.resident
+    assert not beyond.resident
+
+
+def test_mig_instances_are_never_combined() -> None:
+    parent = accelerator("A100 80GB", mig_enabled=True)
+    instances = [
+        accelerator(
+            "A100 80GB",
+            index=index,
+            uuid=f"MIG-{index}",
+            mig_profile="1g.10gb",
+            mig_parent="GPU-0",
+            memory_total_bytes=9728 * MIB,
+            memory_reserved_bytes=0,
+        )
+        for index in range(4)
+    ]
+    candidates = evaluate(request("qwen2.5-14b-instruct", facts([parent, *instances], ram_gib=128)))
+    assert all(len(item.devices) <= 1 for item in candidates)
+    assert all(device.id.startswith("MIG-") for item in candidates for device in item.devices)
+    whole = evaluate(request("qwen2.5-14b-instruct", facts(cards(*["RTX 3060 8GB"] * 4), ram_gib=128)))
+    assert any(len(item.devices) > 1 for item in whole)
+
+
+def test_unlike_cards_the_faster_holds_the_output_and_more_layers() -> None:
+    best, _ = select(request("qwen2.5-32b-instruct", facts(cards("RTX 3060 12GB", "RTX 4090"))))
+    assert [device.name for device in best.devices] == ["NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090"]
+    slow, fast = best.settings["tensor_split"]
+    assert fast > slow
+    assert slow + fast == 65 == best.gpu_layers
+
+
+def test_equal_cards_share_evenly_where_it_fits() -> None:
+    best, _ = select(request("qwen2.5-32b-instruct", facts(cards("RTX 4090", "RTX 4090")), slots=1))
+    first, second = best.settings["tensor_split"]
+    assert abs(first - second) <= 1
+
+
+def test_foreign_memory_and_display_and_reserve_cost_what_they_are() -> None:
+    def total_budget(host: dict[str, Any], **variables: Any) -> int:
+        best, _ = select(request("qwen2.5-0.5b-instruct", host, **variables))
+        return best.estimate.devices[0].budget
+
+    plain = total_budget(facts(cards("RTX 4090")))
+    assert plain - total_budget(facts(cards("RTX 4090"), foreign={"GPU-0": GIB})) == GIB
+    assert plain - total_budget(facts(cards("RTX 4090")), vram_reserve_bytes=GIB) == GIB
+    best, _ = select(request("qwen2.5-0.5b-instruct", facts([accelerator("RTX 4090", display=True)])))
+    without, _ = select(request("qwen2.5-0.5b-instruct", facts(cards("RTX 4090"))))
+    assert best.estimate.devices[0].margin - without.estimate.devices[0].margin == 512 * MIB
+
+
+def test_nothing_fits_says_by_how_much_and_the_least_changes() -> None:
+    host = facts(cards("RTX 3060 8GB"), ram_gib=6)
+    with pytest.raises(NothingFitsError) as caught:
+        select(request("qwen2.5-14b-instruct", host))
+    error = caught.value
+    assert error.code in ("does_not_fit", "nothing_fits")
+    assert "short by" in str(error)
+    assert "qwen2.5-7b-instruct" in str(error.remedy)
+    assert all(item.rejected for item in error.candidates)
+    # What the error proposes really fits.
+    assert "fleetfit_min_quality_tier=rest" in str(error.remedy)
+    best, _ = select(request("qwen2.5-14b-instruct", host, min_quality_tier="rest"))
+    assert best.variant.quality_tier == "rest"
+
+
+def test_a_shorter_context_is_offered_and_fits() -> None:
+    host = facts(cards("RTX 3060 8GB"), ram_gib=3)
+    asked = {"min_context_tokens": 131072, "slots": 1}
+    with pytest.raises(NothingFitsError) as caught:
+        select(request("qwen2.5-7b-instruct", host, **asked))
+    offers = [part for part in str(caught.value.remedy).split() if part.startswith("fleetfit_min_context")]
+    tokens = int(offers[0].partition("=")[2])
+    best, _ = select(request("qwen2.5-7b-instruct", host, min_context_tokens=tokens, slots=1))
+    assert best.fits
+
+
+def test_unpinned_models_are_refused_with_the_command_that_pins_them() -> None:
+    with pytest.raises(NothingFitsError, match=r"fleetfit catalog pin qwen2\.5-7b-instruct") as caught:
+        select(request("qwen2.5-7b-instruct", facts(cards("RTX 4090")), require_pinned=True))
+    assert caught.value.code == "model_not_pinned"
+
+
+def test_a_licence_is_named_with_its_page() -> None:
+    with pytest.raises(NothingFitsError, match="accept the licence qwen-research") as caught:
+        select(request("qwen2.5-3b-instruct", facts(cards("RTX 4090"))))
+    assert caught.value.code == "licence_not_accepted" or "licence" in str(caught.value)
+    best, _ = select(
+        request("qwen2.5-3b-instruct", facts(cards("RTX 4090")), accepted_licences=["qwen-research"])
+    )
+    assert best.fits
+
+
+def test_an_engine_that_is_asked_for_and_not_there() -> None:
+    with pytest.raises(NothingFitsError, match="no role that installs vllm") as caught:
+        select(request("qwen2.5-7b-instruct", facts(cards("RTX 4090")), engine="vllm"))
+    assert caught.value.code == "engine_not_available"
+    assert "fleetfit_engine=auto" in str(caught.value.remedy)
+
+
+def test_below_the_tiers_the_models_own_order_decides() -> None:
+    # 3B's perplexity is worse as Q3_K_M than as Q2_K, although it is larger.
+    accepted = {"accepted_licences": ["qwen-research"], "min_quality_tier": "rest"}
+    candidates = evaluate(request("qwen2.5-3b-instruct", facts(cards("RTX 4090")), **accepted))
+    low = [item for item in candidates if item.variant.name in ("Q2_K", "Q3_K_M")]
+    best = choose(low, "quality")
+    assert best is not None
+    assert best.variant.name == "Q2_K"
+
+
+MODELS = ["qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "qwen2.5-14b-instruct"]
+
+
+def score(model: str, host: dict[str, Any], prefer: str, **variables: Any) -> tuple[float, ...] | None:
+    best = choose(evaluate(request(model, host, prefer=prefer, **variables)), prefer)
+    if best is None:
+        return None
+    # A shorter context is asked for in one of the properties: what more would fit is then compared elsewhere.
+    return best.score(prefer)
+
+
+def worse(first: tuple[float, ...] | None, second: tuple[float, ...] | None) -> bool:
+    """Return whether ``second`` is worse than ``first``; speeds are rounded to 0.01 tokens/s."""
+    if first is None or second is None:
+        return first is not None and second is None
+    return second < first
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    model=st.sampled_from(MODELS),
+    sizes_mib=st.lists(st.integers(1024, 40960), min_size=1, max_size=2),
+    more_mib=st.integers(1, 16384),
+    ram_gib=st.integers(4, 64),
+    prefer=st.sampled_from(["quality", "speed", "context"]),
+    context=st.sampled_from([512, 4096, 8192, 20000]),
+)
+def test_more_memory_is_never_worse(
+    model: str, sizes_mib: list[int], more_mib: int, ram_gib: int, prefer: str, context: int
+) -> None:
+    names = ["RTX 3060 12GB", "RTX 4090"]
+
+    def host(sizes: list[int], ram: int) -> dict[str, Any]:
+        devices = [
+            accelerator(names[index], index=index, memory_total_bytes=size * MIB, memory_reserved_bytes=0)
+            for index, size in enumerate(sizes)
+        ]
+        return facts(devices, ram_gib=ram)
+
+    before = score(model, host(sizes_mib, ram_gib), prefer, min_context_tokens=context)
+    larger = [sizes_mib[0] + more_mib, *sizes_mib[1:]]
+    assert not worse(before, score(model, host(larger, ram_gib), prefer, min_context_tokens=context))
+    assert not worse(before, score(model, host(sizes_mib, ram_gib + 8), prefer, min_context_tokens=context))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    model=st.sampled_from(MODELS),
+    size_mib=st.integers(1024, 40960),
+    context=st.integers(512, 32768),
+    shorter=st.integers(1, 32768),
+    prefer=st.sampled_from(["quality", "speed"]),
+)
+def test_a_shorter_context_is_never_worse(
+    model: str, size_mib: int, context: int, shorter: int, prefer: str
+) -> None:
+    host = facts([accelerator("RTX 4090", memory_total_bytes=size_mib * MIB, memory_reserved_bytes=0)])
+    before = score(model, host, prefer, min_context_tokens=context)
+    after = score(model, host, prefer, min_context_tokens=min(shorter, context))
+    assert not worse(before, after)
