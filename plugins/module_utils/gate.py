@@ -50,7 +50,7 @@ LOG_LINES = 20_000
 POLL_S = 0.5
 PROBE_TIMEOUT_S = 5.0
 # Crashes reach the unit's state a moment after the connection broke: how long to look for one.
-CRASH_LOOK_S = 4.0
+CRASH_LOOK_S = 2.0
 # A log that never stops must not extend the wait for ever.
 MAX_TIMEOUT_FACTOR = 6
 
@@ -551,10 +551,11 @@ class Gate:
             or (unit.active in ("inactive", "deactivating") and not unit.starting)
         )
         if crashed:
-            if unit.active == "inactive" and unit.result == "success" and not unit.exit_code:
-                return "crashed", "the unit is not running"
             time.sleep(POLL_S)  # the journal gets the process's last lines a moment later
-            return classify(self._log()[-200:], unit)
+            state, cause = classify(self._log()[-200:], unit)
+            if state == "crashed" and unit.active == "inactive" and unit.result == "success":
+                return state, "the unit is not running"
+            return state, cause
         if unit.active == "active":
             stranger = foreign_listener(self.spec.port, unit.control_group)
             if stranger:

@@ -478,7 +478,9 @@ class Transaction:
         return backups.back_up(self.paths, self.service, spec, self.journal["from"], self.journal["id"])
 
     def _stop(self) -> None:
-        if read_unit(self.service).active not in ("inactive", "failed"):
+        unit = read_unit(self.service)
+        # A start that waits for another unit counts: it would come after us.
+        if unit.active not in ("inactive", "failed") or unit.starting:
             _systemctl("stop", f"{self.service}.service", timeout_s=STOP_TIMEOUT_S)
 
     def _flip(self, digest: Optional[str]) -> None:
@@ -734,7 +736,12 @@ def main_recover(argv: Sequence[str]) -> int:
                     continue
                 left = transaction.rewind()
             if left:
-                launch(service, helper=sys.argv[0])
+                try:
+                    launch(service, helper=sys.argv[0])
+                except (FleetfitError, OSError, subprocess.SubprocessError):
+                    # What was taken back should serve, even if nobody is there to look at it.
+                    _systemctl("start", "--no-block", f"{service}.service")
+                    raise
         except (FleetfitError, OSError, subprocess.SubprocessError) as error:
             sys.stderr.write(f"{service}: {error}\n")
             code = 1

@@ -78,6 +78,23 @@ class SystemdHost:
         text = self.run("python3", "-", *arguments, stdin=prefix + code, timeout_s=timeout_s)
         return json.loads(text.strip().splitlines()[-1]) if text.strip() else None
 
+    def wait_booted(self) -> None:
+        """Wait until systemd has started everything that it starts at boot."""
+        end = time.monotonic() + 90
+        state = ""
+        while state not in ("running", "degraded"):
+            if time.monotonic() > end:
+                raise AssertionError(f"the container did not boot in 90 s: {state}")
+            state = self.run_raw("systemctl", "is-system-running").stdout.strip()
+            time.sleep(0.3)
+
+    def lose_power(self) -> None:
+        """Kill everything in the host at once, and boot it again."""
+        self.podman("kill", "--signal=KILL", self.name)
+        self.podman("wait", self.name)
+        self.podman("start", self.name)
+        self.wait_booted()
+
     def show(self, unit: str, name: str) -> str:
         """Return one property of a unit."""
         return self.run("systemctl", "show", unit, f"--property={name}", "--value").strip()
@@ -89,15 +106,9 @@ def start_host(folder: Path, image: str = "bookworm") -> SystemdHost:
     if reason is not None:
         pytest.fail(f"This machine cannot run the lab: {reason}")
     host = SystemdHost(f"fleetfit-test-{os.getpid()}-{uuid.uuid4().hex[:6]}", folder)
-    options = [*container_options(host.machine), "--network=none", f"--name={host.name}", "--rm"]
+    options = [*container_options(host.machine), "--network=none", f"--name={host.name}"]
     host.podman("run", "--detach", *options, ensure_image(image), *init_command())
-    end = time.monotonic() + 60
-    state = ""
-    while state not in ("running", "degraded"):
-        if time.monotonic() > end:
-            raise AssertionError(f"the container did not boot in 60 s: {state}")
-        state = host.run_raw("systemctl", "is-system-running").stdout.strip()
-        time.sleep(0.3)
+    host.wait_booted()
     digest_folder = "/opt/fleetfit/libexec/test"
     host.put(f"{digest_folder}/fleetfit-host.pyz", build_helper_zip(), "0755")
     host.run("ln", "-sfn", "test", "/opt/fleetfit/libexec/current")

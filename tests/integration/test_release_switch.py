@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 ENGINE = Path(__file__).parent / "data" / "engine.py"
+HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
 PORT = 8080
+KEY = "canary-key-1234"
 KEY_FILE = "/etc/fleetfit/credentials/engine.api-key"
 JOURNAL = "/var/lib/fleetfit/switch/engine.json"
+DATA = "/var/lib/fleetfit/engine/data"
 UNIT = """\
 [Unit]
 Description=Engine of the tests
@@ -27,32 +32,36 @@ ExecStart=/opt/fleetfit/engine/current/run
 LoadCredential=api-key:/etc/fleetfit/credentials/engine.api-key
 Restart=on-failure
 RestartSec=1
+LogNamespace=engine
 ProtectSystem=strict
+ReadWritePaths=/var/lib/fleetfit/engine
 NoNewPrivileges=yes
 TimeoutStopSec=10
 [Install]
 WantedBy=multi-user.target
 """
-# Runs in the host: writes the release that its argument describes and does what `act` says with it.
-DRIVER = """
+# Runs in the host: writes the release that its argument describes, requests its transaction and, if it is to,
+# runs it.
+DRIVER = f"""
 from fleetfit_host import switch
 from fleetfit_host.manifest import HostPaths
-from fleetfit_host.release import ReleaseSpec, write_release, current_digest
+from fleetfit_host.release import ReleaseSpec, write_release
 paths = HostPaths()
-wanted = json.loads(sys.argv[1])
-act = sys.argv[2]
-written = write_release(ReleaseSpec(**wanted), paths)
-journal = switch.request(paths, "engine", written.digest, kind=sys.argv[3])
-if act == "run":
-    switch.launch("engine", helper=%r)
-    journal = switch.wait_end(paths, "engine", helper=%r)
+journal = None
+if sys.argv[1] != "null":
+    written = write_release(ReleaseSpec(**json.loads(sys.argv[1])), paths)
+    journal = switch.request(paths, "engine", written.digest)
+if sys.argv[2] == "run":
+    switch.launch("engine", helper={HELPER!r})
+    journal = switch.wait_end(paths, "engine", helper={HELPER!r})
 print(json.dumps(journal))
 """
+FIT_PARAMS = '#!/bin/sh\necho "CUDA0 $1 200 100 "\necho "Host 10 20 30 "\n'
 
 
 def spec(mode: str = "ok", **other: Any) -> dict[str, Any]:
     """Return a release of the test engine."""
-    options = {"n_ctx": 1024, "slots": 2, "load_s": 0.0, "name": mode, "timeout_s": 4, **other}
+    options = {"n_ctx": 1024, "slots": 2, "load_s": 0.0, "name": mode, "timeout_s": 3, "state": "", **other}
     gate = {
         "kind": "llama_cpp",
         "url": f"http://127.0.0.1:{PORT}",
@@ -75,12 +84,27 @@ def spec(mode: str = "ok", **other: Any) -> dict[str, Any]:
             f"--slots={options['slots']}",
             f"--load-s={options['load_s']}",
             f"--name={options['name']}",
-            f"--echo={options.get('echo', '')}",
+            f"--state={options['state']}",
         ],
         "restart_on": ["/etc/systemd/system/engine.service", KEY_FILE],
         "gate": {**gate, **other.get("gate", {})},
         **other.get("release", {}),
     }
+
+
+def precheck(model_mib: int, limit_mib: int = 1000) -> dict[str, Any]:
+    """Return a check in which the engine's own accounting is ``model_mib`` and 300 MiB on top."""
+    limits = {"CUDA0": limit_mib * 2**20, "Host": 2**30}
+    argv = ["{release}/env/bin/fit-params", str(model_mib)]
+    return {"kind": "llama_fit_params", "argv": argv, "limits": limits}
+
+
+def thorough(mode: str, name: str) -> dict[str, Any]:
+    """Return a release whose switch has every step, and that changes the service's data when it starts."""
+    backup = {"kind": "directory", "path": DATA}
+    return spec(
+        mode, name=name, state=f"{DATA}/version", release={"precheck": precheck(100), "backup": backup}
+    )
 
 
 class Engine:
@@ -89,34 +113,43 @@ class Engine:
     def __init__(self, host: Any) -> None:
         self.host = host
 
-    def drive(self, wanted: dict[str, Any], act: str = "run", kind: str = "switch") -> dict[str, Any]:
+    def drive(self, wanted: dict[str, Any] | None, act: str = "run") -> dict[str, Any]:
         """Write a release and request (or run) the transaction; return its journal."""
-        helper = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
-        return self.host.python(DRIVER % (helper, helper), json.dumps(wanted), act, kind)
+        result: dict[str, Any] = self.host.python(DRIVER, json.dumps(wanted), act)
+        return result
+
+    def answer(self) -> dict[str, Any] | None:
+        """Return what the engine says about itself, None if nothing answers."""
+        done = self.host.run_raw("curl", "-s", "-m", "3", f"http://127.0.0.1:{PORT}/mode")
+        return json.loads(done.stdout) if done.stdout else None
 
     def serving(self) -> str | None:
         """Return the name of the release that answers now, None if nothing does."""
-        done = self.host.run_raw("curl", "-s", "-m", "3", f"http://127.0.0.1:{PORT}/mode")
-        return json.loads(done.stdout)["name"] if done.stdout else None
+        answer = self.answer()
+        return answer["name"] if answer else None
 
     def journal(self) -> dict[str, Any]:
         """Return the journal on disk."""
-        return json.loads(self.host.run("cat", JOURNAL))
+        document: dict[str, Any] = json.loads(self.host.run("cat", JOURNAL))
+        return document
 
     def current(self) -> str:
-        """Return what the link `current` points to, checking that it does not dangle; empty if there is none."""
+        """Return what `current` points to, checking that it does not dangle; empty if there is no link."""
         script = "l=/opt/fleetfit/engine/current; [ ! -L $l ] || { readlink $l && test -x $l/run; }"
-        return self.host.run("sh", "-c", script).strip().removeprefix("releases/")
+        return str(self.host.run("sh", "-c", script)).strip().removeprefix("releases/")
 
-    def helper(self, *arguments: str, fault: str = "") -> subprocess.CompletedProcess[str]:
-        """Run the helper in the host, in the foreground."""
-        return self.host.run_raw(
-            "/opt/fleetfit/libexec/current/fleetfit-host.pyz",
-            *arguments,
-            environ={"FLEETFIT_FAULT": fault} if fault else None,
+    def switch(self, fault: str) -> subprocess.CompletedProcess[str]:
+        """Run the transaction in the foreground, to be killed at ``fault``."""
+        done: subprocess.CompletedProcess[str] = self.host.run_raw(
+            HELPER, "switch", "--service=engine", environ={"FLEETFIT_FAULT": fault}
         )
+        return done
 
-    def wait_for(self, what: Any, seconds: float = 20) -> None:
+    def data(self) -> str:
+        """Return the version that the service's data has."""
+        return str(self.host.run("cat", f"{DATA}/version"))
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 30) -> None:
         """Wait until ``what()`` is true."""
         end = time.monotonic() + seconds
         while not what():
@@ -126,43 +159,54 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def prepared(systemd_host: Any) -> Any:
+    """Return a host with the unit, its user and its programs, as the roles leave it."""
     host = systemd_host
     host.run("useradd", "--system", "--no-create-home", "fleetfit-llama")
     host.put("/opt/fleetfit/engine/envs/one/bin/engine", ENGINE.read_bytes(), "0755")
-    host.put("/opt/fleetfit/engine/envs/unused/bin/engine", "x", "0755")
+    host.put("/opt/fleetfit/engine/envs/one/bin/fit-params", FIT_PARAMS, "0755")
     host.run("mkdir", "-p", "/var/lib/fleetfit/models/m/q")
     host.put("/etc/systemd/system/engine.service", UNIT)
-    host.run(
-        "python3",
-        "-c",
-        (
-            "import sys; sys.path.insert(0, '/opt/fleetfit/libexec/current/fleetfit-host.pyz');"
-            "from fleetfit_host.switch import RECOVER_UNIT_TEXT as t;"
-            "open('/etc/systemd/system/fleetfit-recover.service','w').write(t)"
-        ),
-    )
+    template = (ROOT / "roles/host_baseline/templates/fleetfit-recover.service.j2").read_text()
+    host.put("/etc/systemd/system/fleetfit-recover.service", template.partition("\n")[2])
     host.run("systemctl", "daemon-reload")
     host.run("systemctl", "enable", "engine.service", "fleetfit-recover.service")
     return host
 
 
-@pytest.fixture
-def engine(prepared: Any) -> Engine:
+def clear(host: Any) -> Engine:
     """Return the host without any release of the engine."""
     script = (
         "systemctl stop fleetfit-switch-engine.service engine.service 2>/dev/null; "
         "systemctl reset-failed; systemctl unset-environment FLEETFIT_FAULT; "
-        "rm -rf /opt/fleetfit/engine/current /opt/fleetfit/engine/releases /var/lib/fleetfit/switch"
+        "rm -rf /opt/fleetfit/engine/current /opt/fleetfit/engine/releases /var/lib/fleetfit/switch "
+        f"/var/lib/fleetfit/backups; mkdir -p {DATA}; chown -R fleetfit-llama: {DATA}"
     )
-    prepared.run("sh", "-c", script)
-    prepared.put(KEY_FILE, "canary-key-1234\n", "0600")
-    return Engine(prepared)
+    host.run("sh", "-c", script)
+    host.put(KEY_FILE, KEY + "\n", "0600")
+    return Engine(host)
+
+
+@pytest.fixture
+def engine(prepared: Any) -> Iterator[Engine]:
+    """Return the host without any release of the engine."""
+    yield clear(prepared)
+    prepared.run("systemctl", "unset-environment", "FLEETFIT_FAULT")
+
+
+@pytest.fixture
+def serving_old(prepared: Any) -> Engine:
+    """Return the host with a release that serves; one that an earlier test left serving will do."""
+    engine = Engine(prepared)
+    script = f"grep -qs . {DATA}/version && cat {DATA}/version; systemctl is-active engine.service"
+    if prepared.run("sh", "-c", script, check=False).split() != ["old", "active"]:
+        clear(prepared)
+        assert engine.drive(thorough("ok", "old"))["state"] == "committed"
+    return engine
 
 
 def test_first_install_then_another_release(engine: Engine) -> None:
     first = engine.drive(spec(name="first"))
-    assert (first["state"], first["from"]) == ("committed", None), first["gate"]
-    assert first["gate"]["ok"]
+    assert (first["state"], first["from"]) == ("committed", None)
     assert first["gate"]["answer"].startswith("Paris")
     assert first["gate"]["first_token_s"] >= 0
     assert first["gate"]["measured"]["CUDA0"] == {
@@ -173,31 +217,192 @@ def test_first_install_then_another_release(engine: Engine) -> None:
     assert engine.serving() == "first"
     second = engine.drive(spec(name="second"))
     assert (second["state"], second["from"]) == ("committed", first["to"])
-    assert engine.serving() == "second"
-    assert engine.current() == second["to"]
+    assert (engine.serving(), engine.current()) == ("second", second["to"])
+
+
+def test_ready_asks_a_service_that_runs(engine: Engine) -> None:
+    engine.drive(spec(name="asked"))
+    done = engine.host.run_raw(HELPER, "ready", "--service=engine", "--json")
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["state"], result["release"]) == (0, "ready", engine.current())
+    engine.host.run("systemctl", "stop", "engine.service")
+    done = engine.host.run_raw(HELPER, "ready", "--service=engine")
+    assert (done.returncode, done.stdout) == (1, "crashed: the unit is not running\n")
+
+
+def test_an_engine_that_loads_longer_than_its_timeout_but_moves_is_waited_for(engine: Engine) -> None:
+    journal = engine.drive(spec(name="slow", load_s=5, timeout_s=2))
+    assert (journal["state"], engine.serving()) == ("committed", "slow")
 
 
 BROKEN = [
-    ("dies", {}, "crashed"),
-    ("oom", {}, "out_of_memory"),
-    ("crash", {}, "crashed"),
-    ("never_healthy", {}, "hung"),
-    ("hangs", {}, "hung"),
-    ("wrong", {}, "wrong_answer"),
-    ("empty", {}, "wrong_answer"),
-    ("forever", {"gate": {"max_timeout_s": 6}}, "loading"),
-    ("ok", {"slots": 1, "name": "one-slot"}, "wrong_settings"),
-    ("ok", {"n_ctx": 512, "name": "short"}, "wrong_settings"),
+    ("dies", {}, "crashed", "status="),
+    ("oom", {}, "out_of_memory", "allocating 6144.00 MiB on device 0: out of memory"),
+    ("crash", {}, "crashed", "status=3"),
+    ("never_healthy", {}, "hung", "nothing new in its log for 3 s"),
+    ("hangs", {}, "hung", "did not finish a short completion in 3 s"),
+    ("wrong", {}, "wrong_answer", "Berlin"),
+    ("empty", {}, "wrong_answer", "empty"),
+    ("forever", {"gate": {"max_timeout_s": 5}}, "loading", "still loading after 5 s"),
+    ("ok", {"slots": 1, "name": "one-slot"}, "wrong_settings", "1 slots, its settings say 2"),
+    ("ok", {"n_ctx": 512, "name": "short"}, "wrong_settings", "512 tokens, its settings give 1024"),
 ]
 
 
-@pytest.mark.parametrize(("mode", "other", "state"), BROKEN, ids=lambda value: str(value))
-def test_broken_release_is_taken_back(engine: Engine, mode: str, other: dict[str, Any], state: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "other", "state", "cause"),
+    BROKEN,
+    ids=[f"{row[2]}-{row[1].get('name', row[0])}" for row in BROKEN],
+)
+def test_a_broken_release_is_taken_back(
+    engine: Engine, mode: str, other: dict[str, Any], state: str, cause: str
+) -> None:
     good = engine.drive(spec(name="good"))
     bad = engine.drive(spec(mode, **other))
     assert bad["gate"]["state"] == state, bad["gate"]
     assert (bad["state"], bad["cause"]["state"]) == ("reverted", state)
-    assert engine.serving() == "good"
-    assert engine.current() == good["to"]
+    assert cause in bad["cause"]["message"]
+    assert (engine.serving(), engine.current()) == ("good", good["to"])
     assert bad["gate"]["log_tail"]
-    assert "canary-key" not in engine.host.run("cat", JOURNAL)
+    times = {step["step"]: step["at"] for step in bad["steps"]}
+    assert times["revert_start"] - times["revert_stop"] < 5  # the old release starts soon after the verdict
+    assert KEY not in engine.host.run("cat", JOURNAL)
+
+
+def test_a_port_that_somebody_else_holds_is_named(engine: Engine) -> None:
+    server = ["--unit=stranger", "python3", "-m", "http.server", "--bind", "127.0.0.1", str(PORT)]
+    engine.host.run("systemd-run", "--quiet", *server)
+    try:
+        journal = engine.drive(spec(name="first"))
+    finally:
+        engine.host.run("systemctl", "stop", "stranger.service")
+    assert (journal["state"], journal["gate"]["state"]) == ("reverted", "port_in_use")
+    assert engine.current() == ""
+    assert engine.host.show("engine.service", "ActiveState") == "inactive"
+
+
+def test_what_does_not_fit_by_the_engines_own_accounting_is_not_tried(engine: Engine) -> None:
+    engine.drive(spec(name="good"))
+    pid = engine.host.show("engine.service", "MainPID")
+    journal = engine.drive(spec(name="big", release={"precheck": precheck(701)}))
+    assert journal["state"] == "refused"
+    assert "1001 MiB on CUDA0" in journal["cause"]["message"]
+    assert "allows 1000 MiB" in journal["cause"]["message"]
+    assert journal["precheck"]["reported"]["CUDA0"] == 1001 * 2**20
+    assert (engine.serving(), engine.host.show("engine.service", "MainPID")) == ("good", pid)
+    assert engine.drive(spec(name="big", release={"precheck": precheck(700)}))["state"] == "committed"
+
+
+def test_data_goes_back_with_the_release(engine: Engine) -> None:
+    engine.drive(thorough("ok", "one"))
+    engine.host.run("sh", "-c", f"echo chat > {DATA}/chat && chmod 0640 {DATA}/chat")
+    before = engine.host.run("sh", "-c", f"cd {DATA} && stat -c '%n %U %a %s' . * && cat *")
+    failed = engine.drive(thorough("wrong", "two"))
+    assert failed["state"] == "reverted"
+    assert engine.host.run("sh", "-c", f"cd {DATA} && stat -c '%n %U %a %s' . * && cat *") == before
+    assert engine.drive(thorough("ok", "three"))["state"] == "committed"
+    assert engine.data() == "three"
+
+
+# Each step of a switch that succeeds, and which release serves once it was cut short there and recovered.
+FORWARD = [
+    *[
+        (f"{moment}:{step}", "old")
+        for step in ("precheck", "stop", "backup", "flip", "start")
+        for moment in ("before", "after")
+    ],
+    ("before:gate", "old"),
+    ("after:gate", "new"),
+    ("before:record", "new"),
+    ("after:record", "new"),
+]
+# Each step on the way back from a release that is broken.
+BACKWARD = [
+    (f"{moment}:{step}", "old")
+    for step in ("revert_stop", "revert_flip", "revert_backup", "revert_start", "revert_gate")
+    for moment in ("before", "after")
+]
+WAYS = ("boot unit", "next call")
+
+
+def recover(engine: Engine, way: str) -> dict[str, Any]:
+    """Let the boot unit, or the next call, end the transaction; return its journal."""
+    if way == "next call":
+        return engine.drive(None)
+    engine.host.run("systemctl", "restart", "fleetfit-recover.service")
+    engine.current()  # whole as soon as the boot unit is through
+    engine.wait_for(lambda: engine.journal()["state"] != "running")
+    return engine.journal()
+
+
+CUT = [(fault, expected, WAYS[number % 2]) for number, (fault, expected) in enumerate([*FORWARD, *BACKWARD])]
+CUT_OTHER_WAY = [
+    pytest.param(fault, expected, WAYS[(number + 1) % 2], marks=pytest.mark.slow)
+    for number, (fault, expected) in enumerate([*FORWARD, *BACKWARD])
+]
+
+
+@pytest.mark.parametrize(("fault", "expected", "way"), [*CUT, *CUT_OTHER_WAY])
+def test_a_switch_that_is_killed_ends_with_a_release_that_serves(
+    serving_old: Engine, fault: str, expected: str, way: str
+) -> None:
+    engine = serving_old
+    old = engine.current()
+    new = engine.drive(thorough("crash" if "revert" in fault else "ok", "new"), "request")
+    assert engine.switch(fault).returncode == 137
+    assert engine.current() in (old, new["to"])
+    ended = recover(engine, way)
+    assert ended["state"] in ("committed", "reverted", "refused")
+    assert ended["faults"] == [fault]
+    assert (engine.serving(), engine.data()) == (expected, expected)
+    assert engine.current() == {"old": old, "new": new["to"]}[expected]
+    assert engine.host.show("engine.service", "ActiveState") == "active"
+
+
+def test_after_an_interruption_the_next_run_converges(engine: Engine) -> None:
+    engine.drive(spec(name="old"))
+    engine.drive(spec(name="new"), "request")
+    engine.switch("after:start")
+    engine.drive(None)
+    assert engine.serving() == "old"
+    assert engine.drive(spec(name="new"))["state"] == "committed"
+    assert engine.serving() == "new"
+
+
+def test_a_killed_transaction_is_started_again_by_systemd(engine: Engine) -> None:
+    old = engine.drive(spec(name="old"))
+    engine.host.run("systemctl", "set-environment", "FLEETFIT_FAULT=after:flip")
+    journal = engine.drive(spec(name="new"))
+    assert (journal["state"], journal["faults"]) == ("reverted", ["after:flip"])
+    assert journal["cause"]["state"] == "interrupted"
+    assert (engine.serving(), engine.current()) == ("old", old["to"])
+
+
+def test_a_first_install_that_is_cut_short_leaves_nothing_behind(engine: Engine) -> None:
+    engine.drive(spec(name="first"), "request")
+    engine.switch("after:start")
+    assert engine.drive(None)["state"] == "reverted"
+    assert engine.current() == ""
+    assert engine.host.show("engine.service", "ActiveState") == "inactive"
+
+
+@pytest.mark.parametrize("fault", ["after:start", "after:revert_flip"])
+def test_power_loss_is_repaired_at_boot(engine: Engine, fault: str) -> None:
+    old = engine.drive(spec(name="old"))
+    engine.drive(spec("wrong" if "revert" in fault else "ok", name="new"), "request")
+    engine.switch(fault)
+    engine.host.run("sync")
+    engine.host.lose_power()
+    engine.wait_for(lambda: engine.journal()["state"] != "running")
+    assert engine.journal()["state"] == "reverted"
+    assert (engine.serving(), engine.current()) == ("old", old["to"])
+
+
+def test_a_transaction_that_cannot_go_on_ends(engine: Engine) -> None:
+    old = engine.drive(spec(name="old"))
+    new = engine.drive(spec(name="new"), "request")
+    engine.host.run("rm", "-r", f"/opt/fleetfit/engine/releases/{new['to']}")
+    journal = engine.drive(None)
+    assert journal["state"] == "refused"
+    assert "cannot be read" in journal["cause"]["message"]
+    assert (engine.serving(), engine.current()) == ("old", old["to"])

@@ -18,6 +18,7 @@ parser.add_argument("--n-ctx", type=int, default=1024)
 parser.add_argument("--load-s", type=float, default=0)
 parser.add_argument("--name", default="model-a")
 parser.add_argument("--echo", default="")
+parser.add_argument("--state", default="")
 options = parser.parse_args()
 
 with open(options.api_key_file) as stream:
@@ -98,6 +99,10 @@ def progress():
 
 
 log(f"starting {options.name}, mode {options.mode}")
+if options.state:
+    # A migration that the release before it could not undo.
+    with open(options.state, "w") as stream:
+        stream.write(options.name)
 if options.mode == "oom":
     log("ggml_backend_cuda_buffer_type_alloc_buffer: allocating 6144.00 MiB on device 0: out of memory")
     sys.exit(1)
