@@ -10,7 +10,6 @@ as "not run". See README.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import glob
 import io
 import json
@@ -632,15 +631,23 @@ class Gpu:
 
 
 def read_gpu_facts() -> dict[str, Any]:
-    """Return what fleetfit's own probe says of this machine, or why it said nothing."""
-    try:
-        from module_utils import gpu_facts
+    """Return what fleetfit's own probe says of this machine, or why it said nothing.
 
-        started = time.monotonic()
-        facts = gpu_facts.gather()
-        return {"seconds": round(time.monotonic() - started, 2), "facts": dataclasses.asdict(facts)}
-    except Exception as error:  # the table must come out whatever the probe does
-        return {"error": f"{type(error).__name__}: {error}"}
+    In a process of its own, as in an Ansible module: NVML answers "blocked by the operating system" to the probe's
+    child where the parent has NVML open already (seen with driver 580.159.04).
+    """
+    code = (
+        "import dataclasses, json, sys, time; sys.path.insert(0, sys.argv[1]);"
+        "from module_utils import gpu_facts; began = time.monotonic(); facts = gpu_facts.gather();"
+        "print(json.dumps({'seconds': round(time.monotonic() - began, 2), 'facts': dataclasses.asdict(facts)}))"
+    )
+    plugins = Path(__file__).resolve().parents[2] / "plugins"
+    argv = [sys.executable, "-c", code, str(plugins)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode != 0:
+        return {"error": (done.stderr or done.stdout).strip()[-500:]}
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def machine(programs: Path, gpu: Gpu | None, work: Path) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.secret import (
     write_secret,
 )
 
-# Set by AWX and AAP in their execution environments, whose disk is gone after the job.
-EPHEMERAL_MARKS = ("AWX_PRIVATE_DATA_DIR", "AWX_ISOLATED_DATA_DIR")
+# AWX and AAP run in execution environments whose disk is gone after the job: this is in a job's environment,
+# and the job's number among its variables. AWX_ISOLATED_DATA_DIR is no mark: every ansible-runner sets it.
+EPHEMERAL_ENVIRONMENT = "AWX_PRIVATE_DATA_DIR"
+EPHEMERAL_VARIABLES = ("awx_job_id", "tower_job_id")
 
 
 class ActionModule(ActionBase):
@@ -57,8 +59,11 @@ class ActionModule(ActionBase):
                 return {"changed": True, "path": arguments.get("path"), "origin": origin}
             secret = generate(int(arguments.get("length") or 32))
         check_value(name, secret)
+        marks = [mark for mark in EPHEMERAL_VARIABLES if mark in task_vars]
+        if os.environ.get(EPHEMERAL_ENVIRONMENT):
+            marks.append(EPHEMERAL_ENVIRONMENT)
         stored = origin in ("host", "generated") and self._keep(
-            store, name, secret, generated=origin == "generated"
+            store, name, secret, generated=origin == "generated", ephemeral=next(iter(marks), None)
         )
         result = self._host("write", {**arguments, "value": secret}, task_vars)
         if not result.get("failed") and not result.get("unreachable"):
@@ -74,9 +79,10 @@ class ActionModule(ActionBase):
         result.pop("invocation", None)
         return result
 
-    def _keep(self, store: Path | None, name: str, secret: str, *, generated: bool) -> bool:
+    def _keep(
+        self, store: Path | None, name: str, secret: str, *, generated: bool, ephemeral: str | None
+    ) -> bool:
         """Put the secret into the store; return whether it was new there; raise where it would be lost."""
-        ephemeral = next((mark for mark in EPHEMERAL_MARKS if os.environ.get(mark)), None)
         if store is None or ephemeral:
             if generated:
                 why = (

@@ -134,6 +134,13 @@ def test_nothing_is_generated_that_nobody_would_keep(
     assert not path.exists()
 
 
+def test_ansible_runner_alone_is_not_taken_for_awx(folders: tuple[Path, Path]) -> None:
+    path, store = folders
+    result, _ = run(folders, environment={"AWX_ISOLATED_DATA_DIR": "/tmp/artifacts"})
+    assert (result["changed"], result["origin"]) == (True, "generated")
+    assert path.read_text() == (store / "engine.api-key").read_text()
+
+
 def test_a_value_that_is_no_secret_is_refused_without_repeating_it(folders: tuple[Path, Path]) -> None:
     result, _ = run(folders, value="two\nlines-of-text")
     assert result["code"] == "bad_secret"
