@@ -14,7 +14,7 @@ options:
     type: dict
     required: true
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

@@ -31,7 +31,7 @@ options:
     type: str
     required: true
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

@@ -41,7 +41,7 @@ options:
     type: str
     required: true
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

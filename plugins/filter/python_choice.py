@@ -31,7 +31,7 @@ options:
     type: list
     elements: dict
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

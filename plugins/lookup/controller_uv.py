@@ -11,7 +11,7 @@ description:
     be pushed to hosts.
 options: {}
 author:
-  - The fleetfit developers
+  - fleetfit contributors (@fleetfit)
 """
 
 EXAMPLES = r"""

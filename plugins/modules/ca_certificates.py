@@ -74,7 +74,7 @@ def main() -> None:
             module.exit_json(changed=False, paths=[])
         changes = plan_changes(certificates, store)
         if changes.any and not module.check_mode:
-            apply_changes(changes, store, lambda argv: module.run_command(argv))
+            apply_changes(changes, store, module.run_command)
     except FleetfitError as error:
         module.fail_json(msg=str(error), code=error.code, remedy=error.remedy)
     module.exit_json(
