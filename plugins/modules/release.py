@@ -16,7 +16,7 @@ description:
     controller; a call while one is running waits for that one.
   - Where the release is current already, the service is started again only if it is not active or one of
     O(restart_on) differs from what its last good start saw, and through the same gate.
-  - The unit must exist, its C(ExecStart) being C(/opt/fleetfit/<service>/current/run); the role
+  - The unit must exist, its C(ExecStart) being C(/opt/fleetfit/<service>/current/run); the module
     M(fleetfit.llm.host_helper) must have run.
 author:
   - fleetfit contributors (@fleetfit)
