@@ -219,10 +219,13 @@ def reason_of(
         "speed": "the fastest",
         "context": "the longest context",
     }[policy.prefer]
-    first = (
-        f"{what}: {wanted} that fits {policy.slots} x {policy.min_context_tokens} tokens, needing "
-        f"{format_gib(chosen.estimate.total.total)}"
+    on_gpus = sum(terms.total for terms in chosen.estimate.devices)
+    need = (
+        f"{format_gib(on_gpus)} of GPU memory"
+        if on_gpus
+        else f"{format_gib(chosen.estimate.host.total)} of RAM"
     )
+    first = f"{what}: {wanted} that fits {policy.slots} x {policy.min_context_tokens} tokens, needing {need}"
     hurdles = []
     for item in better:
         if item.rejected is not None:

@@ -22,20 +22,30 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.1f}"
 
 
+def _memory(deployment: Mapping[str, Any]) -> str:
+    """Return what the deployment takes of its GPUs' budgets, or of the RAM's where it has no GPU."""
+    devices = deployment.get("devices") or []
+    if not devices:
+        terms = deployment.get("host") or deployment["memory_bytes"]
+        return f"RAM {_gib(terms['total'])} of {_gib(terms['budget'])} GiB"
+    total, budget = (sum(device[name] for device in devices) for name in ("total", "budget"))
+    return f"{_gib(total)} of {_gib(budget)} GiB"
+
+
 def host_row(host: str, facts: Mapping[str, Any] | None, plan: Mapping[str, Any] | None) -> list[str]:
     """Return one host's cells; ``facts`` and ``plan`` are None where the host gave none."""
     if not facts or not plan or not plan["deployments"]:
         return [host, _gpus(facts) if facts else "?", "", "", "", "", "", NO_PLAN]
     chosen = plan["deployments"][0]
-    memory = chosen["memory_bytes"]
-    notes = ["kept" if plan.get("sticky") else "", "simulated GPU" if chosen.get("cpu_mapping") else ""]
+    simulated = bool(chosen.get("cpu_mapping")) and bool(facts["stable"]["accelerators"])
+    notes = ["kept" if plan.get("sticky") else "", "simulated GPU" if simulated else ""]
     return [
         host,
         _gpus(facts),
         chosen["engine"],
         chosen["variant"],
         f"{chosen['slots']}x {chosen['context_tokens']}",
-        f"{_gib(memory['total'])} of {_gib(memory['budget'])} GiB",
+        _memory(chosen),
         f"{chosen['expected_tokens_per_s']:.0f}" if chosen.get("expected_tokens_per_s") else "-",
         ", ".join(note for note in notes if note),
     ]

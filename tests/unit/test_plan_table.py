@@ -18,7 +18,9 @@ def plan(**changes: Any) -> dict[str, Any]:
         "variant": "Q4_K_M",
         "slots": 2,
         "context_tokens": 8192,
-        "memory_bytes": {"total": 3 * GIB, "budget": 11 * GIB},
+        "memory_bytes": {"total": 5 * GIB, "budget": 40 * GIB},
+        "devices": [{"total": 3 * GIB, "budget": 11 * GIB}],
+        "host": {"total": 2 * GIB, "budget": 29 * GIB},
         "expected_tokens_per_s": 41.6,
         "cpu_mapping": {"settings": {}},
     }
@@ -45,6 +47,14 @@ def test_a_row_says_what_is_served_and_that_the_gpu_is_simulated() -> None:
     ]
     assert "edge: the best that fits" in text
     assert "short by" not in text
+
+
+def test_a_host_without_a_gpu_shows_its_ram_and_nothing_simulated() -> None:
+    deployment = {**plan()["deployments"][0], "devices": []}
+    text = plan_text({"edge": (facts(), plan(deployments=[deployment]))}, candidates=False)
+    row = next(line for line in text.splitlines() if line.startswith("edge  "))
+    assert "RAM 2.0 of 29.0 GiB" in row
+    assert "simulated" not in row
 
 
 def test_candidates_show_why_not() -> None:
