@@ -10,8 +10,9 @@ from .errors import FleetfitError
 from .units import GIB, MIB, format_size
 
 # CUDA context and libraries, per process and card. Seen: 180 MiB (RTX 2000 Ada), 264 (RTX 3090), 472 (RTX
-# 4090); Ollama reserves 457. The plan takes a round figure above all of them until a calibration record
-# says better.
+# 4090), 518 (H100, an empty context); Ollama reserves 457. On an H100 what lies outside llama.cpp's own buffers
+# was 607 to 624 MiB for quantized models and 708 for F16 (benchmarks/gpu_memory/results), while its compute
+# buffer was 130 to 190 MiB below the plan's: the totals held. A calibration record says better.
 CUDA_OVERHEAD_BYTES = 512 * MIB
 MARGIN_MIN_BYTES = 512 * MIB
 MARGIN_MAX_BYTES = 1024 * MIB
