@@ -23,11 +23,15 @@ MAX_SMALL_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository; ``sha256`` is known for large (LFS) files only, ``size`` in bytes."""
+    """A file of a repository; ``sha256`` is known for large (LFS) files only, ``size`` in bytes.
+
+    ``git_hash`` is git's own hash of a small file's content, where the hub tells it.
+    """
 
     name: str
     size: int | None
     sha256: str | None
+    git_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Hub:
             data = json.loads(self._get(path, name))
             commit = str(data["sha"])
             files = tuple(sorted((_file(item) for item in data["siblings"]), key=lambda item: item.name))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._bad_answer(name, "it is not a model's description") from None
         if not _REVISION.match(commit):
             raise self._bad_answer(name, f"its revision {commit!r} is no commit")
@@ -86,11 +90,15 @@ class Hub:
         """Return the file with size and sha256: the hub's for large files, hashed here for small ones."""
         if file.sha256 is not None and file.size is not None:
             return file
+        if (file.size or 0) > MAX_SMALL_BYTES:
+            raise self._bad_answer(repository.name, f"it tells no sha256 of {file.name}")
         data = self.small_file(repository, file.name)
         if file.size is not None and file.size != len(data):
             raise self._bad_answer(
                 repository.name, f"{file.name} has {len(data)} bytes where {file.size} are declared"
             )
+        if file.git_hash is not None and file.git_hash != _git_hash(data):
+            raise self._bad_answer(repository.name, f"{file.name} is not the content that the hub declares")
         return HubFile(file.name, len(data), hashlib.sha256(data).hexdigest())
 
     def _get(self, path: str, repository: str) -> bytes:
@@ -149,7 +157,15 @@ def check_repository(name: str) -> None:
         )
 
 
+def _git_hash(data: bytes) -> str:
+    """Return the name that git gives a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
 def _file(item: dict[str, Any]) -> HubFile:
+    name = str(item["rfilename"])
+    if not name or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        raise ValueError("a file name that leaves the repository")
     lfs = item.get("lfs") or {}
     sha256 = lfs.get("sha256") or lfs.get("oid")
     size = lfs.get("size", item.get("size"))
@@ -157,4 +173,10 @@ def _file(item: dict[str, Any]) -> HubFile:
         raise ValueError("a large file without a sha256")
     if size is not None and (not isinstance(size, int) or size < 0):
         raise ValueError("a size that is none")
-    return HubFile(str(item["rfilename"]), size, None if sha256 is None else str(sha256))
+    git_hash = str(item.get("blobId") or "")
+    return HubFile(
+        name,
+        size,
+        None if sha256 is None else str(sha256),
+        git_hash if sha256 is None and _REVISION.match(git_hash) else None,
+    )
