@@ -213,6 +213,8 @@ def from_config_json(config: Mapping[str, Any], *, origin: str = "config.json") 
                 code="bad_config_json",
                 remedy="Fetch the file again; it may be damaged.",
             )
+        # Refused here under the name that the file has for it.
+        _check_range(architecture, name, value, 0 if default == 0 else 1)
         return value
 
     heads = number("num_attention_heads")
@@ -223,8 +225,6 @@ def from_config_json(config: Mapping[str, Any], *, origin: str = "config.json") 
     rope_type = (
         rope_scaling.get("rope_type", rope_scaling.get("type")) if isinstance(rope_scaling, Mapping) else None
     )
-    if heads <= 0:
-        raise _bad_shape(architecture, "num_attention_heads", heads, "at least 1")
     return ModelShape(
         architecture=architecture,
         layers=number("num_hidden_layers"),

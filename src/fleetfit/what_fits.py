@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ DEFAULT_CONTEXT_TOKENS = 8192
 ASSUMED_RAM_GIB = 32.0
 # Planning takes a driver that every engine build accepts.
 ASSUMED_DRIVER = "580"
+# Of a card that only its memory is told of: the least that every scheme but native FP8 runs on.
+ASSUMED_COMPUTE_CAPABILITY = "8.0"
 MAX_TOTAL_MIB = 1 << 24
 # Quantized from a 16-bit release with llama-quantize: what a directory or hub id is worth in llama.cpp.
 LADDER = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -171,7 +173,7 @@ def what_fits(
         require_pinned=False,
         siblings=subject.siblings,
         layouts=subject.layouts,
-        calibration=catalog.calibration,
+        calibration=calibration_by_card(catalog),
     )
     candidates = evaluate(request)
     best = choose(candidates, prefer)
@@ -195,6 +197,12 @@ def what_fits(
 
 def subject_of(model: str, catalog: Catalog, endpoint: str | None = None) -> Subject:
     """Return the model that MODEL names: a catalog id, a GGUF file, a model's directory or a hub id."""
+    if not model.strip():
+        raise FleetfitError(
+            "No model is named.",
+            code="model_not_named",
+            remedy="Name a catalog id (`fleetfit catalog list`), a .gguf file, a model's directory or a hub id.",
+        )
     if model in catalog.entries:
         return _catalog_subject(catalog.entries[model], catalog)
     path = Path(model)
@@ -356,6 +364,15 @@ def view_of_specs(
     )
 
 
+def calibration_by_card(catalog: Catalog) -> tuple[Mapping[str, Any], ...]:
+    """Return the calibration's records under the names that the catalog gives cards, not NVML's."""
+    names = {folded.casefold(): card.name for card in cards_of(catalog.gpus) for folded in card.nvml_names}
+    return tuple(
+        {**record, "gpu": names.get(str(record["gpu"]).casefold(), record["gpu"])}
+        for record in catalog.calibration
+    )
+
+
 def device_of_spec(
     spec: str, index: int, cards: Sequence[Card], catalog: Catalog, notes: list[str]
 ) -> DeviceBudget:
@@ -381,6 +398,11 @@ def device_of_spec(
         capability = numbers[2]
         if not capability.replace(".", "", 1).isdigit() or "." not in capability:
             raise _bad_spec(spec, f"COMPUTE_CAPABILITY is {capability!r}, not like 8.9")
+    if capability is None:
+        capability = ASSUMED_COMPUTE_CAPABILITY
+        notes.append(
+            f"compute capability {capability} assumed for {name} (NAME:TOTAL:FREE:CAPABILITY tells it)"
+        )
     if card is not None and card.reserved_mib is not None and (not numbers or total_mib == card.total_mib):
         reserved = card.reserved_mib * MIB
     elif card is not None and card.memory_kind == "unified":
