@@ -81,7 +81,7 @@ def answer(page: Page) -> str:
     return found.inner_text().strip() if found else ""
 
 
-def watch_answer(page: Page, *, timeout_s: float = 120, still_s: float = 4) -> list[str]:
+def watch_answer(page: Page, *, timeout_s: float = 300, still_s: float = 4) -> list[str]:
     """Return the different texts that the answer went through until it stood still."""
     seen: list[str] = []
     changed = begun = time.monotonic()
