@@ -10,7 +10,7 @@ from typing import Any, Optional
 from .errors import FleetfitError
 from .memory import DeviceBudget, HostBudget
 from .policy import Policy
-from .speed import DEFAULT_RAM_BANDWIDTH_BYTES_PER_S
+from .speed import DEFAULT_RAM_BANDWIDTH_BYTES_PER_S, decode_efficiency
 from .units import GIB, MIB
 
 FACTS_SCHEMA_VERSION = 1
@@ -213,17 +213,24 @@ def _devices(
                 bandwidth_bytes_per_s=_bandwidth(item, parent, card),
                 reserve_bytes=policy.vram_reserve_bytes,
                 mig=parent is not None or bool(item.get("mig_profile")),
+                decode=decode_efficiency(gpus, "llama_cpp", item.get("compute_capability")),
             )
         )
     return tuple(devices)
 
 
 def _unseen_reserved(card: Optional[Card], total: int, gpus: Mapping[str, Any]) -> int:
-    """Return the driver's own share where NVML (version 1) does not say: the catalog's, else the largest
-    seen."""
+    """Return the driver's own share where NVML (version 1) does not say: the catalog's, else an upper
+    bound."""
     if card is not None and card.reserved_mib is not None:
         return card.reserved_mib * MIB
-    return int(total * float(gpus["unseen_reserved_fraction"]))
+    return unseen_reserved_bytes(gpus, total)
+
+
+def unseen_reserved_bytes(gpus: Mapping[str, Any], total_bytes: int) -> int:
+    """Return more than any card's log shows the driver to keep (catalog/gpus.yml, unseen_reserved_*)."""
+    fraction = float(gpus["unseen_reserved_fraction"])
+    return min(total_bytes, int(gpus["unseen_reserved_mib"]) * MIB + int(total_bytes * fraction))
 
 
 def _bandwidth(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Optional
 
 from .errors import FleetfitError
+from .speed import Efficiency
 from .units import GIB, MIB, format_size
 
 # CUDA context and libraries, per process and card. Seen: 180 MiB (RTX 2000 Ada), 264 (RTX 3090), 472 (RTX
@@ -100,6 +101,8 @@ class DeviceBudget:
     mig: bool = False
     margin_bytes: Optional[int] = None
     overhead_bytes: Optional[int] = None
+    # llama.cpp's decode speed where it was measured on such cards; None: the engine's constant.
+    decode: Optional[Efficiency] = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that no card has."""

@@ -326,7 +326,9 @@ class LlamaPlacer:
                 if known
                 else None
             ),
-            expected_tokens_per_s=round(expected_tokens_per_s(parts), 2) if known else None,
+            expected_tokens_per_s=(
+                round(expected_tokens_per_s(parts, _layer_seconds(group, counts)), 2) if known else None
+            ),
         )
 
     def _estimate(
@@ -401,7 +403,7 @@ class LlamaPlacer:
                 else:
                     read += self._read_bytes(layer)
                 layer += 1
-            parts.append((read, device.bandwidth_bytes_per_s or 0.0, LLAMA_CPP_GPU))
+            parts.append((read, device.bandwidth_bytes_per_s or 0.0, device.decode or LLAMA_CPP_GPU))
         if not counts:
             host_read += self.layout.output_norm + self.layout.output_head
         if host_read:
@@ -488,7 +490,13 @@ def _kind(device: DeviceBudget) -> tuple[object, ...]:
         device.memory_kind,
         device.compute_capability,
         device.name,
+        device.decode,
     )
+
+
+def _layer_seconds(group: Sequence[DeviceBudget], counts: Sequence[int]) -> float:
+    """Return what the layers' kernels add to a token, where that was measured for the device."""
+    return sum((device.decode or LLAMA_CPP_GPU).layer_seconds * count for device, count in zip(group, counts))
 
 
 def _shares(weights: Sequence[int], units: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from .selection import (
     layout_of,
     nothing_fits,
 )
+from .speed import LLAMA_CPP_CPU, LLAMA_CPP_GPU, vllm_efficiency
 from .units import format_gib
 
 SCHEMA_VERSION = 1
@@ -187,7 +188,7 @@ def sources_of(request: Request, chosen: Candidate) -> dict[str, str]:
             if unknown
             else "bytes read per token over memory bandwidth, short context"
         ),
-        "expected_tokens_per_s": "roofline times an efficiency of public logs, one stream, short context",
+        "expected_tokens_per_s": expected_source(chosen),
     }
     if not chosen.resident and llama_cpp:
         sources["ram_bandwidth"] = request.view.ram_bandwidth_source
@@ -197,6 +198,17 @@ def sources_of(request: Request, chosen: Candidate) -> dict[str, str]:
     for number, note in enumerate(request.view.notes, 1):
         sources[f"note_{number}"] = note
     return sources
+
+
+def expected_source(chosen: Candidate) -> str:
+    """Return what the expected speed rests on: measurements of such cards, or the engine's constant."""
+    if chosen.engine == "llama_cpp":
+        known = [device.decode or LLAMA_CPP_GPU for device in chosen.devices] or [LLAMA_CPP_CPU]
+        if chosen.devices and not chosen.resident:
+            known.append(LLAMA_CPP_CPU)
+    else:
+        known = [vllm_efficiency(chosen.variant.scheme)]
+    return "one stream, short context; " + "; ".join(dict.fromkeys(item.source for item in known))
 
 
 def reason_of(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional
 
 from .errors import FleetfitError
 
 
 class Efficiency(NamedTuple):
-    """A factor from roofline to expected decode speed, with where it was seen."""
+    """How far decoding stays behind the roofline: a factor, seconds for each layer, and where that was seen.
+
+    The seconds are what a layer's kernels take beside reading memory; they tell on fast cards only.
+    """
 
     factor: float
     source: str
+    layer_seconds: float = 0.0
 
 
 # Measured tokens/s divided by the roofline (public llama-bench logs and engine benchmarks).
@@ -49,11 +53,32 @@ def roofline_tokens_per_s(parts: Sequence[tuple[int, float]]) -> float:
     return 1.0 / seconds if seconds > 0 else 0.0
 
 
-def expected_tokens_per_s(parts: Sequence[tuple[int, float, Efficiency]]) -> float:
-    """Return the expected tokens/s: as the roofline, each place slowed by its efficiency factor."""
-    return roofline_tokens_per_s(
-        [(read, bandwidth * efficiency.factor) for read, bandwidth, efficiency in parts]
+def expected_tokens_per_s(
+    parts: Sequence[tuple[int, float, Efficiency]], layer_seconds: float = 0.0
+) -> float:
+    """Return the expected tokens/s: as the roofline, each place slowed by its efficiency factor.
+
+    ``layer_seconds`` is the time that all layers' kernels add to a token (:attr:`Efficiency.layer_seconds`
+    of each layer's place). With factors up to 1 the result never exceeds the roofline.
+    """
+    speed = roofline_tokens_per_s(
+        [(read, bandwidth * min(efficiency.factor, 1.0)) for read, bandwidth, efficiency in parts]
     )
+    return 1.0 / (1.0 / speed + max(layer_seconds, 0.0)) if speed > 0 else 0.0
+
+
+def decode_efficiency(
+    gpus: Mapping[str, Any], engine: str, compute_capability: Optional[str]
+) -> Optional[Efficiency]:
+    """Return what catalog/gpus.yml has measured of cards of this compute capability; None where nothing."""
+    for item in gpus.get("decode_speed") or ():
+        if item["engine"] == engine and item["compute_capability"] == compute_capability:
+            return Efficiency(
+                factor=float(item["factor"]),
+                source=str(item["source"]),
+                layer_seconds=float(item["layer_us"]) * 1e-6,
+            )
+    return None
 
 
 def vllm_efficiency(scheme: str) -> Efficiency:

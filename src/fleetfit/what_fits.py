@@ -19,7 +19,12 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.catalog_entry import 
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.gguf_reader import read_gguf
-from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import Card, HostView, cards_of
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import (
+    Card,
+    HostView,
+    cards_of,
+    unseen_reserved_bytes,
+)
 from ansible_collections.fleetfit.llm.plugins.module_utils.memory import DeviceBudget, HostBudget
 from ansible_collections.fleetfit.llm.plugins.module_utils.memory_llama_cpp import KV_TYPES as LLAMA_KV_TYPES
 from ansible_collections.fleetfit.llm.plugins.module_utils.model_shape import (
@@ -40,7 +45,10 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.selection import (
     evaluate,
     nothing_fits,
 )
-from ansible_collections.fleetfit.llm.plugins.module_utils.speed import DEFAULT_RAM_BANDWIDTH_BYTES_PER_S
+from ansible_collections.fleetfit.llm.plugins.module_utils.speed import (
+    DEFAULT_RAM_BANDWIDTH_BYTES_PER_S,
+    decode_efficiency,
+)
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
     GGUF_SCHEMES,
     TensorLayout,
@@ -48,7 +56,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
     layout_from_safetensors,
     scheme_of_config,
 )
-from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB, MIB, format_gib
+from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB, MIB, format_gib, format_size
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import (
     CATALOG_DIR,
     Catalog,
@@ -408,10 +416,11 @@ def device_of_spec(
     elif card is not None and card.memory_kind == "unified":
         reserved = 0
     else:
-        reserved = int(total * float(catalog.gpus["unseen_reserved_fraction"]))
+        reserved = unseen_reserved_bytes(catalog.gpus, total)
         if len(numbers) < 2:
-            share = f"{100 * float(catalog.gpus['unseen_reserved_fraction']):g} %"
-            notes.append(f"{share} of {name} taken as the driver's own: not known for this card")
+            notes.append(
+                f"{format_size(reserved)} of {name} taken as the driver's own: not known for this card"
+            )
     foreign = 0
     if len(numbers) > 1:
         free = _mib(spec, "FREE_MIB", numbers[1]) * MIB
@@ -428,6 +437,7 @@ def device_of_spec(
         memory_kind=card.memory_kind if card else "dedicated",
         compute_capability=capability,
         bandwidth_bytes_per_s=card.bandwidth_bytes_per_s if card else None,
+        decode=decode_efficiency(catalog.gpus, "llama_cpp", capability),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import (
     HostView,
     find_card,
     mig_memory_slices,
+    unseen_reserved_bytes,
     view_of_facts,
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.policy import Policy
@@ -32,7 +34,30 @@ def test_reserved_that_nvml_does_not_tell_is_taken_from_the_catalog_or_above_the
     known = view(facts([accelerator("RTX 3060 12GB", memory_reserved_bytes=None)])).devices[0]
     assert known.reserved_bytes == 382 * MIB
     unknown = view(facts(cards("T4"))).devices[0]
-    assert unknown.reserved_bytes == int(15360 * MIB * 0.035)
+    assert unknown.reserved_bytes == 512 * MIB + int(15360 * MIB * 0.005)
+
+
+@pytest.mark.parametrize(
+    ("total_mib", "cuda_total_mib"),
+    [
+        (8192, 7817),
+        (11264, 10823),
+        (12288, 11906),
+        (15360, 14918),
+        (16376, 16072),
+        (23028, 22516),
+        (24564, 24080),
+        (32607, 32101),
+        (32768, 32480),
+        (46068, 45373),
+        (49140, 48790),
+        (81559, 81008),
+        (81920, 81038),
+    ],
+)
+def test_what_no_log_tells_is_above_what_every_log_shows(total_mib: int, cuda_total_mib: int) -> None:
+    """Totals of nvidia-smi and of CUDA in public logs; an estimate below would plan memory that is not there."""
+    assert unseen_reserved_bytes(CATALOG.gpus, total_mib * MIB) >= (total_mib - cuda_total_mib) * MIB
 
 
 def test_unified_memory_is_the_hosts_less_the_systems_share() -> None:
@@ -107,3 +132,20 @@ def test_the_hosts_budget_is_the_smaller_of_ram_and_limit() -> None:
     host = facts()
     host["stable"]["cgroup_limit_bytes"] = 4 * GIB
     assert view(host).host.budget == 4 * GIB
+
+
+def test_every_card_has_its_sources_and_logged_clocks_give_its_bandwidth() -> None:
+    listed = CATALOG.gpus["gpus"]
+    assert len(listed) >= 40
+    names = [name.casefold() for card in listed for name in card["nvml_names"]]
+    assert len(names) == len(set(names))
+    logged = 0
+    for card in listed:
+        assert card["memory_source"]
+        assert card["source"]
+        match = re.search(r"deviceQuery: (\d+) MHz x 2 x (\d+) bit", card["source"])
+        if match is not None:
+            logged += 1
+            bandwidth = int(match.group(1)) * 2 * int(match.group(2)) / 8 / 1000
+            assert card["bandwidth_gb_per_s"] == pytest.approx(bandwidth, rel=0.002), card["name"]
+    assert logged >= 20
