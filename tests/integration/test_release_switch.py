@@ -6,10 +6,19 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+from ansible_collections.fleetfit.llm.plugins.module_utils.llama_cpp import fit_precheck
+from ansible_collections.fleetfit.llm.plugins.module_utils.plan import plan_host
+from ansible_collections.fleetfit.llm.plugins.module_utils.policy import policy_from_variables
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
+
+from fleetfit.lab.engine import ensure_engine
+from fleetfit.lab.model import MODEL, base_file
 
 ROOT = Path(__file__).parents[2]
 ENGINE = Path(__file__).parent / "data" / "engine.py"
@@ -291,6 +300,66 @@ def test_what_does_not_fit_by_the_engines_own_accounting_is_not_tried(engine: En
     assert journal["precheck"]["reported"]["CUDA0"] == 1001 * 2**20
     assert (engine.serving(), engine.host.show("engine.service", "MainPID")) == ("good", pid)
     assert engine.drive(spec(name="big", release={"precheck": precheck(700)}))["state"] == "committed"
+
+
+def lab_plan() -> tuple[dict[str, Any], Path]:
+    """Return the plan of the lab's model for a host without cards, and the model's file."""
+    entry = load_catalog().entry(MODEL)
+    facts = {
+        "schema_version": 1,
+        "stable": {"machine_id": "0" * 32, "ram_total_bytes": 8 * 2**30, "cpu": {"threads": 2}},
+    }
+    policy = policy_from_variables({"fleetfit_model": MODEL, "fleetfit_min_quality_tier": "rest"})
+    catalog = load_catalog()
+    plan = plan_host(
+        facts,
+        policy,
+        entry=replace(entry, variants=(entry.variant("Q4_1"),)),
+        gpus=catalog.gpus,
+        engines=catalog.engines,
+        available_engines=frozenset({"llama_cpp"}),
+    )
+    return plan["deployments"][0], base_file().path
+
+
+def test_llama_cpp_itself_refuses_a_plan_that_is_too_small(engine: Engine) -> None:
+    """The real llama-fit-params, with the plan's own arguments and limits, before the old engine stops."""
+    deployment, model = lab_plan()
+    host = engine.host
+    tool = ensure_engine().bin_dir / "llama-fit-params"
+    host.put("/opt/fleetfit/engine/envs/one/bin/llama-fit-params", tool.read_bytes(), "0755")
+    # The header is all that the tool reads; the rest of the file is a hole.
+    reader = gguf.GGUFReader(model)
+    path = f"/var/lib/fleetfit/models/m/q/{deployment['settings']['model_file']}"
+    with model.open("rb") as stream:
+        host.put(path, stream.read(reader.data_offset))
+    host.run("truncate", f"--size={model.stat().st_size}", path)
+
+    def check(terms: dict[str, int]) -> dict[str, Any]:
+        return fit_precheck(
+            deployment["settings"],
+            devices=[],
+            host=terms,
+            binary="{release}/env/bin/llama-fit-params",
+            model_path="{release}/model/" + deployment["settings"]["model_file"],
+        )
+
+    fits = engine.drive(spec(name="planned", release={"precheck": check(deployment["host"])}))
+    assert fits["state"] == "committed", fits["cause"]
+    reported = fits["precheck"]["reported"]["Host"]
+    assert abs(fits["precheck"]["limits"]["Host"] - reported) <= 64 * 2**20
+    pid = host.show("engine.service", "MainPID")
+
+    # As if the cache had been forgotten.
+    smaller = {**deployment["host"], "total": deployment["host"]["total"] - deployment["host"]["kv_cache"]}
+    wanted = check(smaller)
+    journal = engine.drive(spec(name="too-small", release={"precheck": wanted}))
+    assert journal["state"] == "refused"
+    assert journal["cause"]["step"] == "precheck"
+    assert f"needs {reported // 2**20} MiB on Host" in journal["cause"]["message"]
+    assert f"allows {wanted['limits']['Host'] // 2**20} MiB" in journal["cause"]["message"]
+    assert (engine.serving(), host.show("engine.service", "MainPID")) == ("planned", pid)
+    assert engine.current() == fits["to"]
 
 
 def test_data_goes_back_with_the_release(engine: Engine) -> None:
