@@ -432,10 +432,9 @@ def device_groups(devices: Sequence[DeviceBudget]) -> list[tuple[DeviceBudget, .
             for subset in combinations(whole, size):
                 groups += _orders(subset)
     else:
-        by_speed = sorted(
-            whole, key=lambda item: (-(item.bandwidth_bytes_per_s or 0.0), -item.budget, item.id)
-        )
-        by_budget = sorted(whole, key=lambda item: (-item.budget, item.id))
+        # Equal devices stay in NVML's order: which of them is taken depends on no name.
+        by_speed = sorted(whole, key=lambda item: (-(item.bandwidth_bytes_per_s or 0.0), -item.budget))
+        by_budget = sorted(whole, key=lambda item: -item.budget)
         for size in range(2, len(whole) + 1):
             for ranked in (by_speed, by_budget):
                 groups += _orders(ranked[:size])
@@ -469,10 +468,8 @@ def _orders(devices: Sequence[DeviceBudget]) -> list[tuple[DeviceBudget, ...]]:
         orders = list(permutations(devices))
     else:
         orders = [
-            tuple(
-                sorted(devices, key=lambda item: (item.bandwidth_bytes_per_s or 0.0, item.budget, item.id))
-            ),
-            tuple(sorted(devices, key=lambda item: (item.budget, item.id))),
+            tuple(sorted(devices, key=lambda item: (item.bandwidth_bytes_per_s or 0.0, item.budget))),
+            tuple(sorted(devices, key=lambda item: item.budget)),
         ]
     unique: dict[tuple[object, ...], tuple[DeviceBudget, ...]] = {}
     for order in orders:

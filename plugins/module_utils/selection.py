@@ -692,7 +692,7 @@ def _vllm_groups(devices: Sequence[DeviceBudget]) -> list[tuple[tuple[DeviceBudg
     """Return (devices, tensor parallelism) worth trying: each alone, then 2, 4 and 8 as tensors, else as a
     pipeline."""
     groups: list[tuple[tuple[DeviceBudget, ...], int]] = [((device,), 1) for device in devices]
-    ranked = sorted((item for item in devices if not item.mig), key=lambda item: (-item.budget, item.id))
+    ranked = sorted((item for item in devices if not item.mig), key=lambda item: -item.budget)
     for size in range(2, len(ranked) + 1):
         group = tuple(ranked[:size])
         if size in (2, 4, 8) and len({device.name for device in group}) == 1:
