@@ -190,6 +190,29 @@ def test_other_schemes(oracle: llama_oracle.Oracle, ports: list[int], name: str,
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.vocab_size <= 50_000])
+def test_long_contexts_of_small_vocabularies_are_never_under(
+    oracle: llama_oracle.Oracle, ports: list[int], name: str
+) -> None:
+    """From twice the vocabulary on llama.cpp puts the logits where the mask was.
+
+    The model does not follow it there, since a longer context would then need less (docs/sizing.md lists
+    what is over): the bound must hold all the same.
+    """
+    shape = SHAPES[name]
+    full = all_layers(shape)
+    edge = 2 * shape.vocab_size // 256 * 256
+    cells = [
+        Cell(context, slots, kv_type, devices, layers)
+        for context in (edge - 256, edge, edge + 256, 131072)
+        for slots, kv_type, devices, layers in ((1, "f16", 0, 0), (3, "f16", 1, full), (1, "q8_0", 1, full))
+    ]
+    if shape.experts:
+        cells += [Cell(131072, 1, "f16", 1, full, moe) for moe in (1, shape.layers // 2, shape.layers)]
+    problems = [problem for cell in cells for problem in compare(oracle, ports, name, cell)]
+    assert not [problem for problem in problems if " MiB over " not in problem]
+
+
 @pytest.mark.parametrize("split", [(3, 1), (1, 3), (1, 0), (0, 1)])
 def test_unlike_cards_get_layers_as_llama_cpp_splits_them(
     oracle: llama_oracle.Oracle, ports: list[int], split: tuple[int, ...]
