@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.selection import (
     NothingFitsError,
     choose,
     evaluate,
+    layout_of,
     select,
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB, MIB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .planning import accelerator, cards, facts, request
+from .planning import CATALOG, accelerator, cards, facts, request
 
 BOTH = ("llama_cpp", "vllm")
 
@@ -380,3 +382,19 @@ def test_a_shorter_context_is_never_worse(
     before = score(model, host, prefer, min_context_tokens=context)
     after = score(model, host, prefer, min_context_tokens=min(shorter, context))
     assert not worse(before, after)
+
+
+@pytest.mark.parametrize("variant", ["GPTQ-Int8", "GPTQ-Int4", "AWQ"])
+def test_the_72b_is_padded_in_gptq_and_awq_so_that_cards_can_share_it(variant: str) -> None:
+    entry = CATALOG.entry("qwen2.5-72b-instruct")
+    chosen = entry.variant(variant)
+    assert entry.shape.intermediate_size == 29568
+    assert entry.shape_of(chosen).intermediate_size == 29696
+    plain = replace(chosen, shape_overrides=())
+    assert 1.002 < layout_of(entry, chosen).file_bytes / layout_of(entry, plain).file_bytes < 1.004
+    # Without the padding 29568 / 8 is no multiple of the group size.
+    host = facts(cards(*["A100 80GB"] * 8), ram_gib=512)
+    wanted = {"engines": ("vllm",), "accepted_licences": ["qwen"], "engine": "vllm"}
+    found = {item.variant.name: item for item in evaluate(request(entry, host, **wanted))}[variant]
+    assert found.rejected is None
+    assert found.settings["tensor_parallel"] > 1
