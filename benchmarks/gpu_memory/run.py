@@ -703,7 +703,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(memory_row(case, "CUDA0" if gpu else "CPU"))
     lines += [
         "",
-        f"Tokens/s, one stream. The plan's factor is {LLAMA_CPP_GPU.factor} ({LLAMA_CPP_GPU.source}).",
+        f"Tokens/s, one stream. The plan's factor is {LLAMA_CPP_GPU.factor} ({LLAMA_CPP_GPU.source}) where "
+        "decode_speed in catalog/gpus.yml has nothing measured for the card.",
         "",
         "| case | short: measured / roofline = factor | full context: measured / roofline = factor "
         "| prompt tok/s | start s |",

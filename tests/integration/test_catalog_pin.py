@@ -422,3 +422,33 @@ def test_a_name_that_the_catalog_does_not_have(arguments: tuple[str, ...], says:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_fits_reads_a_hub_ids_own_config(hub: Hub) -> None:
+    config = json.dumps(
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        }
+    ).encode()
+    hub.describe("acme/tiny", small("config.json", config))
+    hub.serve("acme/tiny", "config.json", config)
+    arguments = ("--gpu", "RTX 3060 12GB", "--endpoint", hub.endpoint)
+    done = fleetfit("what-fits", "acme/tiny", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["selected"]["engine"] == "llama_cpp"
+    hub.answers["/api/models/acme/gated/revision/main?blobs=true"] = (403, b"{}")
+    done = fleetfit("what-fits", "acme/gated", *arguments)
+    assert done.returncode == 2
+    assert f"Accept the licence on {hub.endpoint}/acme/gated" in done.stderr
+    hub.serve("acme/tiny", "config.json", HTML)
+    done = fleetfit("what-fits", "acme/tiny", *arguments)
+    assert done.returncode == 2
+    assert "config.json of acme/tiny is not JSON" in done.stderr
