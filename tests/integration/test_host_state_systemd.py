@@ -79,7 +79,9 @@ def test_a_bare_host_then_a_running_engine_then_somebody_elses(gpu_host: GpuHost
     bare = gpu_host.state()
     assert bare["facts"]["problems"] == []
     assert bare["services"]["llama-server"] == {"active": "inactive", "release": None, "unit_file": False}
-    assert bare["helper_digest"] == "test"
+    # Other tests on this host may have installed another helper.
+    installed = gpu_host.host.run("readlink", "/opt/fleetfit/libexec/current").strip()
+    assert bare["helper_digest"] == installed
     assert bare["facts"]["stable"]["os"]["codename"] == "bookworm"
     assert bare["facts"]["stable"]["accelerators"][0]["uuid"] == CARD
     assert abs(bare["facts"]["live"]["clock_offset_s"]) < 30
