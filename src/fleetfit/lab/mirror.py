@@ -65,7 +65,7 @@ def publish_file(paths: LabPaths, source: Path, sha256: str, **more: Any) -> dic
     where = f"artifacts/{sha256[:16]}/{source.name}"
     place(source, mirror_folder(paths) / where)
     size = source.stat().st_size
-    return {"name": source.name, "size": size, "sha256": sha256, "url": f"{URL}/{where}", **more}
+    return {"size": size, "sha256": sha256, "url": f"{URL}/{where}", **more}
 
 
 def publish_hub(paths: LabPaths, files: Iterable[HubFile]) -> None:
@@ -90,7 +90,7 @@ def publish_hub(paths: LabPaths, files: Iterable[HubFile]) -> None:
 
 
 def write_artifacts(paths: LabPaths, artifacts: dict[str, dict[str, Any]]) -> None:
-    """Write .lab/artifacts.yml, from which inventory/lab takes names, sizes, hashes and addresses."""
+    """Write .lab/artifacts.yml, from which inventory/lab takes sizes, hashes and addresses."""
     text = "# Written by fleetfit lab up: what the lab's mirror serves.\n---\n"
     write_atomically(paths.folder / "artifacts.yml", text + yaml.safe_dump(artifacts), 0o644)
 
