@@ -178,7 +178,7 @@ def gpu_memory_utilization(devices: Sequence[DeviceBudget]) -> float:
     vLLM multiplies CUDA's total (total - reserved); what lies outside its count is kept free first.
     """
     values = [
-        (device.budget - CONTEXT_OUTSIDE_BYTES - _outside_margin(device)) / device.usable_bytes
+        (device.budget - CONTEXT_OUTSIDE_BYTES - _outside_margin(device)) / max(1, device.usable_bytes)
         for device in devices
     ]
     return max(0.0, math.floor(min([DEFAULT_UTILIZATION, *values]) * 10_000) / 10_000)

@@ -41,7 +41,8 @@ def calibrate(sources: tuple[str, ...], output: str) -> None:
     measurements = [item for path in files for item in measurements_in(path)]
     if not measurements:
         raise FleetfitError(
-            f"{len(files)} files hold no measurement of a real GPU.",
+            f"No measurement of a real GPU is in {', '.join(sources)} ({len(files)} JSON "
+            f"{'file' if len(files) == 1 else 'files'}).",
             code="nothing_measured",
             remedy="Run playbooks/record_memory.yml while the engines serve, on hosts with real GPUs.",
         )

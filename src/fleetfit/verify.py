@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ SCHEMA_VERSION = 1
 EXIT_OK, EXIT_FAILED, EXIT_NOT_CHECKED = 0, 1, 2
 # Tasks whose results carry a host's report.
 VERIFY_ACTION = "fleetfit.llm.verify_host"
+# The colours of a terminal, which ansible-runner asks ansible-playbook for.
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass
@@ -116,7 +119,7 @@ def run_verify(
     # 2 and 4 are ansible's own codes for failed and unreachable hosts: those are in the reports.
     if status not in (0, 2, 4) or (status != 0 and not outcome.reports):
         lines = [line for line in output.splitlines() if line.strip()]
-        outcome.problem = " ".join(lines[-6:]) or f"ansible-playbook ended with {status}"
+        outcome.problem = _ESCAPES.sub("", " ".join(lines[-6:])) or f"ansible-playbook ended with {status}"
     elif not outcome.reports:
         outcome.problem = "The inventory has no host in the group llm_hosts that fits."
     return outcome
@@ -161,7 +164,8 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
             *(escape(host), verdict, escape(model), escape(answer)),
             *(speed_text(report), page_text(report), memory_text(report)),
         )
-    console.print(table)
+    if outcome.reports:
+        console.print(table)
     for host, report in sorted(outcome.reports.items()):
         if report["state"] in ("failed", "not_deployed"):
             console.print(f"\n{sentence(host, report)}", markup=False, soft_wrap=True)
@@ -170,7 +174,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     if any(report.get("simulated_gpus") for report in outcome.reports.values()):
         console.print("\nGPUs are simulated: these engines ran on the CPU, with the settings mapped for it.")
     if outcome.problem:
-        console.print(f"\n{outcome.problem}", markup=False, soft_wrap=True)
+        console.print(f"{chr(10) if outcome.reports else ''}{outcome.problem}", markup=False, soft_wrap=True)
 
 
 @click.command()
@@ -198,6 +202,14 @@ def verify(
 
     Exit code 0: all hosts answered; 1: a host failed; 2: a host could not be checked.
     """
+    try:
+        re.compile(expected or "")
+    except re.error as error:
+        raise FleetfitError(
+            f"--expected {expected!r} is not a regular expression: {error}.",
+            code="bad_option",
+            remedy="Correct --expected; a backslash before a special character takes it literally.",
+        ) from None
     extra: dict[str, Any] = {}
     if prompt is not None:
         extra["verify_prompt"] = prompt

@@ -216,7 +216,11 @@ def subject_of(model: str, catalog: Catalog, endpoint: str | None = None) -> Sub
     path = Path(model)
     if model.endswith(".gguf"):
         return _gguf_subject(path)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError:  # Longer than a path can be, and so no directory.
+        is_directory = False
+    if is_directory:
         return _directory_subject(path)
     for entry in catalog.entries.values():
         if REPOSITORY.match(model) and any(item.repository == model for item in entry.variants):
@@ -389,11 +393,16 @@ def device_of_spec(
     by_name = {folded.casefold(): card for card in cards for folded in (card.name, *card.nvml_names)}
     card = by_name.get(name.casefold())
     if not numbers and card is None:
-        near = near_names(name, [card.name for card in cards])
+        # "H100 80GB" is nearer to "H100 SXM" than to "A100 80GB", for its first word is a model's.
+        first = name.casefold().partition(" ")[0]
+        near = [card.name for card in cards if card.name.casefold().partition(" ")[0] == first][:3]
+        if not any(character.isdigit() for character in first) or not near:
+            near = near_names(name, [card.name for card in cards])
         raise FleetfitError(
             f"The catalog has no card {name!r}.",
             code="unknown_gpu",
-            remedy=(f"Did you mean {' or '.join(near)}? " if near else "") + f"A SPEC is {SPEC_FORM}.",
+            remedy=(f"Did you mean {' or '.join(near)}? " if near else "")
+            + f"A SPEC is {SPEC_FORM}; catalog/gpus.yml lists the cards.",
         )
     if len(numbers) > 3 or not name:
         raise _bad_spec(spec, "it has too many parts" if name else "it has no name")
@@ -486,7 +495,8 @@ def memory_bar(item: Candidate) -> Text:
 
 
 def _print_table(request: Request, candidates: Sequence[Candidate], best: Candidate | None) -> None:
-    console = Console(highlight=False)
+    # Into a file or a pipe, wide enough for whole lines.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     policy = request.policy
     devices = ", ".join(f"{item.name} ({format_gib(item.budget)})" for item in request.view.devices)
     console.print(
@@ -496,7 +506,7 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("  engine", "variant", "memory", "GiB", "context", "tok/s", ""):
         right = title in ("GiB", "context", "tok/s")
-        table.add_column(title, justify="right" if right else "left", no_wrap=bool(title))
+        table.add_column(title, justify="right" if right else "left", no_wrap=bool(title), overflow="fold")
     reasons: dict[str, list[str]] = {}
     for item in candidates:
         speed = item.expected_tokens_per_s
@@ -504,6 +514,8 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
         if item.rejected is not None:
             verdict = item.rejected.code
             reasons.setdefault(item.rejected.reason, []).append(f"{item.engine} {item.variant.name}")
+        elif item.engine == "llama_cpp" and request.view.devices and not item.devices:
+            verdict = "on the CPU alone"
         elif item.devices and not item.resident:
             verdict = f"{item.gpu_layers} of {request.entry.shape.layers + 1} layers on GPU"
         table.add_row(
@@ -512,7 +524,7 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
             memory_bar(item),
             f"{item.estimate.total.total / GIB:.1f}",
             str(item.max_context_tokens or "-"),
-            "-" if speed is None else f"{speed:.0f}",
+            "-" if speed is None else f"{speed:.{0 if speed >= 10 else 1}f}",
             verdict,
             style="bold green" if item is best else "dim" if item.rejected else "",
         )

@@ -166,6 +166,13 @@ def test_the_table_marks_the_winner_and_gives_reasons(run: Callable[..., Result]
     assert "note: 32 GiB of RAM assumed" in result.stderr
 
 
+def test_a_card_without_room_leaves_the_cpu(run: Callable[..., Result]) -> None:
+    result = run("what-fits", MODEL, "--gpu", "tiny [bold]card:1")
+    assert result.exit_code == 0
+    assert "on tiny [bold]card (0.0 GiB)" in result.stdout
+    assert [line for line in result.stdout.splitlines() if line[:1] == "*" and "on the CPU alone" in line]
+
+
 def test_nothing_fits_is_exit_code_1_and_says_what_would(run: Callable[..., Result]) -> None:
     arguments = ("what-fits", "qwen2.5-72b-instruct", "--gpu", CARD, "--ram", "8")
     result = run(*arguments)
@@ -188,6 +195,7 @@ def test_nothing_fits_is_exit_code_1_and_says_what_would(run: Callable[..., Resu
     [
         ((MODEL,), ["No card is named", "NAME:TOTAL_MIB"]),
         ((MODEL, "--gpu", "RTX 3060 12"), ["no card 'RTX 3060 12'", "RTX 3060 12GB", "NAME:TOTAL_MIB"]),
+        ((MODEL, "--gpu", "H100 80GB"), ["Did you mean H100 SXM or H100 PCIe?", "catalog/gpus.yml"]),
         ((MODEL, "--gpu", "Voodoo 2"), ["no card 'Voodoo 2'", "NAME:TOTAL_MIB[:FREE_MIB"]),
         ((MODEL, "--gpu", "card:0"), ["TOTAL_MIB is 0"]),
         ((MODEL, "--gpu", "card:-5"), ["TOTAL_MIB is -5"]),
@@ -218,6 +226,7 @@ def test_nothing_fits_is_exit_code_1_and_says_what_would(run: Callable[..., Resu
         (("smollm2-135m-instruct", "--gpu", CARD, "--context", "8193"), ["supports 8192 tokens"]),
         (("qwen2.5-7b-instrukt", "--gpu", CARD), ["Did you mean qwen2.5-7b-instruct"]),
         (("nothing like it", "--gpu", CARD), ["no model 'nothing like it'", "catalog list"]),
+        (("x" * 5000, "--gpu", CARD), ["no model 'xxx"]),
         (("", "--gpu", CARD), ["No model is named"]),
         (("/nowhere/model.gguf", "--gpu", CARD), ["/nowhere/model.gguf"]),
         ((MODEL, "--gpu", CARD, "--catalog-dir", "/nowhere"), ["/nowhere does not exist"]),
@@ -510,7 +519,7 @@ def test_calibrate_writes_a_file_that_planning_takes(run: Callable[..., Result],
         ("{", "holds no measurements"),
         ("[]", "holds no measurements"),
         ("{}", "holds no measurements"),
-        ('{"measurements": []}', "no measurement of a real GPU"),
+        ('{"measurements": []}', "No measurement of a real GPU"),
         ('{"measurements": [{}]}', "holds no measurements"),
         ('{"measurements": 5}', "holds no measurements"),
         (json.dumps({"measurements": [measurement(total=-1)]}), "-1"),

@@ -60,6 +60,7 @@ def test_utilization_leaves_room_outside_of_vllm_s_count() -> None:
     assert gpu_memory_utilization([A100]) == 0.92
     assert gpu_memory_utilization([A100, RTX_3060]) == utilization
     assert gpu_memory_utilization([DeviceBudget("x", "x", GIB // 2)]) == 0.0
+    assert gpu_memory_utilization([DeviceBudget("x", "x", GIB, reserved_bytes=GIB)]) == 0.0
 
 
 def test_the_pool_of_a_12_gb_card_is_in_the_published_range() -> None:

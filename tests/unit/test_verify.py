@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.manifest import HostPaths, write_section
 from ansible_collections.fleetfit.llm.plugins.module_utils.verify import (
     REMEDIES,
@@ -21,8 +22,9 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.verify import (
     sentence,
     verify_host,
 )
+from click.testing import CliRunner
 
-from fleetfit.verify import EXIT_FAILED, EXIT_NOT_CHECKED, EXIT_OK, Outcome
+from fleetfit.verify import EXIT_FAILED, EXIT_NOT_CHECKED, EXIT_OK, Outcome, verify
 
 MIB = 1024 * 1024
 GPU_DEPLOYMENT: dict[str, Any] = {
@@ -194,3 +196,9 @@ def test_the_exit_code_says_failed_before_not_checked(events: list[dict[str, Any
     document = json.loads(json.dumps(outcome.document()))
     assert document["ok"] is (code == EXIT_OK)
     assert set(document["hosts"]) == {one["event_data"]["host"] for one in events}
+
+
+def test_expected_is_a_regular_expression() -> None:
+    result = CliRunner().invoke(verify, ["--expected", "("])
+    assert isinstance(result.exception, FleetfitError)
+    assert "--expected '(' is not a regular expression" in str(result.exception)
