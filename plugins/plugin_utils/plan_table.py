@@ -61,9 +61,12 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _candidate_line(candidate: Mapping[str, Any]) -> str:
+def _candidate_line(candidate: Mapping[str, Any], most_layers: int) -> str:
     rejected = candidate.get("rejected")
     verdict = f"no: {rejected['reason']}" if rejected else "fits"
+    layers = candidate.get("gpu_layers") or 0
+    if not rejected and candidate["engine"] == "llama_cpp" and layers < most_layers:
+        verdict = f"fits, with {layers} of {most_layers} layers on GPU"
     return f"    {candidate['engine']} {candidate['variant']}: {verdict}"
 
 
@@ -85,7 +88,9 @@ def plan_text(
             )
             lines.append(f"{host}: better is available: {what} (take it with -e fleetfit_replan=true)")
         if candidates and plan:
-            lines += [_candidate_line(candidate) for candidate in plan["candidates"]]
+            # As many as any variant has there; a whole model counts its output layer too.
+            most = max((candidate.get("gpu_layers") or 0 for candidate in plan["candidates"]), default=0)
+            lines += [_candidate_line(candidate, most) for candidate in plan["candidates"]]
         for problem in (facts or {}).get("problems", []):
             text = f"{problem['message']} {problem.get('remedy') or ''}".rstrip()
             lines.append(f"{host}: problem {problem['code']}: {text}")

@@ -63,6 +63,17 @@ def test_candidates_show_why_not() -> None:
     assert "llama_cpp Q4_K_M: fits" in text
 
 
+def test_candidates_with_layers_in_ram_say_so() -> None:
+    layers = {"Q8_0": 20, "Q4_K_M": 29}
+    candidates = [
+        {"engine": "llama_cpp", "variant": variant, "rejected": None, "gpu_layers": number}
+        for variant, number in layers.items()
+    ]
+    lines = plan_text({"edge": (facts("A"), plan(candidates=candidates))}, candidates=True).splitlines()
+    assert "    llama_cpp Q8_0: fits, with 20 of 29 layers on GPU" in lines
+    assert "    llama_cpp Q4_K_M: fits" in lines
+
+
 def test_a_host_without_a_plan_keeps_its_row() -> None:
     text = plan_text({"gone": (None, None), "bare": (facts(), None)}, candidates=False)
     assert text.count("no plan") == 2
