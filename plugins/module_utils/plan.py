@@ -84,7 +84,7 @@ def make_plan(
         "candidates": [item.as_dict() for item in candidates],
         "available": _available(best, policy) if sticky else None,
         "sticky": sticky,
-        "reason": reason_of(chosen, candidates, policy, sticky=sticky),
+        "reason": reason_of(chosen, candidates, policy, sticky=sticky, gpus=bool(request.view.devices)),
     }
 
 
@@ -212,9 +212,14 @@ def expected_source(chosen: Candidate) -> str:
 
 
 def reason_of(
-    chosen: Candidate, candidates: Sequence[Candidate], policy: Policy, *, sticky: bool = False
+    chosen: Candidate,
+    candidates: Sequence[Candidate],
+    policy: Policy,
+    *,
+    sticky: bool = False,
+    gpus: bool = False,
 ) -> str:
-    """Return one sentence: what is served and why this and nothing better."""
+    """Return one sentence: what is served and why this and nothing better; ``gpus``: the host has some."""
     where = _place(chosen)
     what = f"{chosen.variant.name} with {chosen.engine} on {where}"
     if sticky:
@@ -239,6 +244,8 @@ def reason_of(
     )
     first = f"{what}: {wanted} that fits {policy.slots} x {policy.min_context_tokens} tokens, needing {need}"
     hurdles = []
+    if gpus and not chosen.devices:
+        hurdles.append("the GPU budget has no room for any layer of it")
     for item in better:
         if item.rejected is not None:
             if item.rejected.code in ("engine_not_available", "no_gpu"):

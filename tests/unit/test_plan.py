@@ -94,6 +94,15 @@ def test_the_reason_names_the_choice_and_the_hurdle_of_the_better_ones() -> None
     assert "Q8_0 would leave layers in RAM" in reason
 
 
+def test_the_reason_says_why_a_gpu_stays_unused() -> None:
+    unused = "the GPU budget has no room for any layer of it"
+    reason = plan(facts(SMALL), vram_reserve_bytes=1 << 40)["reason"]
+    assert "on the CPU: " in reason
+    assert unused in reason
+    assert unused not in plan(facts(SMALL))["reason"]
+    assert unused not in plan(facts([]))["reason"]
+
+
 def test_settings_are_complete_and_render_to_the_same_arguments_as_the_candidate() -> None:
     result = plan(facts(cards("RTX 4090")))
     settings = result["deployments"][0]["settings"]
