@@ -90,6 +90,14 @@ _COLOURS = {
     "overhead": "yellow",
     "margin": "white",
 }
+# What reasons and remedies call by the inventory's variable, and this command by its option.
+_OPTIONS = {
+    "fleetfit_min_quality_tier": "--min-tier",
+    "fleetfit_min_context_tokens": "--context",
+    "fleetfit_slots": "--slots",
+    "fleetfit_kv_type": "--kv-type",
+    "fleetfit_engine": "--engine",
+}
 _LETTERS = {"weights": "W", "kv_cache": "K", "compute": "C", "overhead": "o", "margin": "m"}
 
 
@@ -198,7 +206,7 @@ def what_fits(
     if best is None:
         if not as_json:
             error = nothing_fits(request, candidates)
-            click.echo(f"Nothing fits. {error.remedy}", err=True)
+            click.echo(f"Nothing fits. {_with_options(error.remedy or '')}", err=True)
         sys.exit(EXIT_NOTHING_FITS)
     sys.exit(EXIT_FITS)
 
@@ -535,4 +543,11 @@ def _print_table(request: Request, candidates: Sequence[Candidate], best: Candid
         style="dim",
     )
     for reason, names in reasons.items():
-        console.print(Text(f"{', '.join(names)}: {reason}"))
+        console.print(Text(f"{', '.join(names)}: {_with_options(reason)}"))
+
+
+def _with_options(text: str) -> str:
+    """Return the sentence with this command's options in place of the inventory's variables."""
+    for variable, option in _OPTIONS.items():
+        text = text.replace(f"{variable}=", f"{option} ").replace(variable, option)
+    return text

@@ -162,7 +162,7 @@ def test_the_table_marks_the_winner_and_gives_reasons(run: Callable[..., Result]
     rows = [line for line in result.stdout.splitlines() if line.startswith("*")]
     assert len(rows) == 1
     assert "Q8_0" in rows[0]
-    assert "llama_cpp Q2_K: its quality" in result.stdout
+    assert "llama_cpp Q2_K: its quality tier rest is below --min-tier Q4_K_M" in result.stdout
     assert "note: 32 GiB of RAM assumed" in result.stderr
 
 
