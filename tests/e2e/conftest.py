@@ -103,16 +103,16 @@ class Fleet:
 
     def argv(self, playbook: str, variables: Mapping[str, Any], *options: str) -> list[str]:
         """Return the command line of a play on our own hosts."""
-        entries = {name: {} for name in self.hosts}
-        own = {
+        own: dict[str, Any] = {
             # inventory/lab names these relative to itself.
             "ansible_ssh_common_args": f"-F {shlex.quote(str(SSH_CONFIG))}",
             "fleetfit_catalog_dirs": [str(REPO / ".lab/catalog")],
             "__lab_artifacts": yaml.safe_load((REPO / ".lab/artifacts.yml").read_text()),
+            "__lab_forwards": {},
             "fleetfit_secrets_dir": str(self.folder / "secrets"),
             "fleetfit_open_webui": False,
         }
-        inventory = {"all": {"children": {"llm_hosts": {"hosts": {n: dict(own) for n in entries}}}}}
+        inventory = {"all": {"children": {"llm_hosts": {"hosts": {n: dict(own) for n in self.hosts}}}}}
         (self.folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
         (self.folder / "variables.yml").write_text(yaml.safe_dump(dict(variables)))
         argv = [str(BIN / "ansible-playbook"), str(REPO / playbook), "-i", str(REPO / "inventory/lab")]
@@ -164,11 +164,14 @@ class Fleet:
         return name
 
 
-def lab_host(name: str, suite: str, profile: str | None = None) -> Host:
-    """Start a fresh lab host."""
+def lab_host(name: str, suite: str, profile: str | None = None, layer: str | None = None) -> Host:
+    """Start a fresh lab host; ``layer`` names a service whose Python environment it has already."""
     stop_host(name)
     argv = [str(BIN / "fleetfit"), "lab", "host", "up", name, "--suite", suite]
-    subprocess.run(argv + (["--profile", profile] if profile else []), check=True, cwd=REPO, timeout=600)
+    argv += ["--profile", profile] if profile else []
+    argv += ["--layer", layer] if layer else []
+    # A layer that this machine does not have yet is made from the wheelhouse.
+    subprocess.run(argv, check=True, cwd=REPO, timeout=1800 if layer else 600)
     return Host(name)
 
 
@@ -179,12 +182,14 @@ def stop_host(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def start_host() -> Iterator[Callable[..., Host]]:
-    """Return a function that starts a fresh lab host (name, suite, profile); all are removed at the end."""
+    """Return a function that starts a fresh lab host (name, suite, profile, layer); all are removed at the end."""
     started: list[str] = []
 
-    def start(name: str, suite: str = "bookworm", profile: str | None = None) -> Host:
+    def start(
+        name: str, suite: str = "bookworm", profile: str | None = None, layer: str | None = None
+    ) -> Host:
         started.append(name)
-        return lab_host(name, suite, profile)
+        return lab_host(name, suite, profile, layer)
 
     yield start
     for name in started:
