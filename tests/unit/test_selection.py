@@ -367,6 +367,20 @@ def test_more_memory_is_never_worse(
     assert not worse(before, score(model, host(sizes_mib, ram_gib + 8), prefer, min_context_tokens=context))
 
 
+def test_more_memory_on_the_slow_card_takes_no_layers_from_the_fast_one() -> None:
+    def speed(slow_mib: int) -> float:
+        cards = zip(["RTX 3060 12GB", "RTX 4090"], [slow_mib, 1789], strict=True)
+        devices = [
+            accelerator(name, index=index, memory_total_bytes=size * MIB, memory_reserved_bytes=0)
+            for index, (name, size) in enumerate(cards)
+        ]
+        found = score("qwen2.5-1.5b-instruct", facts(devices, ram_gib=4), "quality", min_context_tokens=512)
+        assert found is not None
+        return found[-1]
+
+    assert speed(1681) >= speed(1651)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     model=st.sampled_from(MODELS),
