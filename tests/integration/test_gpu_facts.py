@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -302,7 +303,10 @@ def old_python() -> str:
     """Return a Python of the oldest version that hosts may have, or skip."""
     candidates = [
         shutil.which("python3.9"),
-        *map(str, Path("/root/.pyenv/versions").glob("3.9.*/bin/python3.9")),
+        *map(
+            str,
+            Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.9.*/bin/python3.9"),
+        ),
     ]
     for candidate in candidates:
         if candidate and subprocess.run([candidate, "-c", ""], check=False).returncode == 0:
