@@ -232,6 +232,9 @@ class LlamaPlacer:
                 # The host's part of the engine lives in the same memory.
                 room -= self._host_need(context_tokens, mode, bool(n_cpu_moe))
             here = max(bisect_right(sizes, sizes[placed] + room) - 1 - placed, 0)
+            if everything and _slower(device, group[:index]):
+                # A slow device that could take everything would leave nothing for the faster ones.
+                here = min(here, max(self._all - 1 - placed - index, 0))
             counts[index] += here
             placed += here
             if counts[index] == 0:
@@ -535,6 +538,13 @@ def _best(found: Sequence[Placement]) -> Optional[Placement]:
         if best is None or item.rank > best.rank:
             best = item
     return best
+
+
+def _slower(device: DeviceBudget, others: Sequence[DeviceBudget]) -> bool:
+    """Return whether one of ``others`` is known to read its memory faster than ``device``."""
+    return any(
+        (other.bandwidth_bytes_per_s or 0.0) > (device.bandwidth_bytes_per_s or 0.0) for other in others
+    )
 
 
 def _missing(estimate: Estimate) -> int:

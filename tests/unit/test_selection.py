@@ -17,7 +17,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.selection import (
     select,
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB, MIB
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from .planning import CATALOG, accelerator, cards, facts, request
@@ -348,6 +348,15 @@ def worse(first: tuple[float, ...] | None, second: tuple[float, ...] | None) -> 
     ram_gib=st.integers(4, 64),
     prefer=st.sampled_from(["quality", "speed", "context"]),
     context=st.sampled_from([512, 4096, 8192, 20000]),
+)
+# The slow card can then take the whole model, and the fast one must keep its part.
+@example(
+    model="qwen2.5-14b-instruct",
+    sizes_mib=[2875, 8147],
+    more_mib=6879,
+    ram_gib=4,
+    prefer="speed",
+    context=512,
 )
 def test_more_memory_is_never_worse(
     model: str, sizes_mib: list[int], more_mib: int, ram_gib: int, prefer: str, context: int
