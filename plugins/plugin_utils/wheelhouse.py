@@ -261,7 +261,7 @@ def _fetch(
             f"This machine's package indexes do not offer {names} for CPython {python}.",
             code="not_offered",
             remedy="Add an index or a find-links folder that does (pip config set global.extra-index-url), or"
-            " use a lock without it, such as locks/open-webui/default-py311.txt.",
+            " use a lock without it: locks/<service>/default-* and cuda-* take torch from an ordinary index.",
         )
 
 

