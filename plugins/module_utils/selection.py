@@ -33,6 +33,7 @@ from .policy import Policy, check_min_context
 from .speed import expected_tokens_per_s, roofline_tokens_per_s, vllm_efficiency
 from .tensor_sizes import TensorLayout, layout_from_scheme, safetensors_layout
 from .units import format_gib, format_size
+from .vllm_wheels import Wheel, able_devices, gpu_problem, wheels_of
 
 # Stable words for programs, in the order in which the constraints are checked.
 REJECTION_CODES = (
@@ -578,7 +579,9 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
         kv_type_v=policy.kv_type,
         low_quality_rank=entry.low_quality_rank(variant),
     )
-    rejected = _common_rejection(request, variant, "vllm") or _vllm_device_rejection(engine, variant, view)
+    wheels = wheels_of(request.engines)
+    rejected = _common_rejection(request, variant, "vllm")
+    rejected = rejected or _vllm_device_rejection(engine, wheels, variant, view)
     if rejected is not None and rejected.code in ("kv_type_not_supported", "no_gpu", "mig_not_supported"):
         return replace(candidate, rejected=rejected)
     if not view.devices:
@@ -601,7 +604,10 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
 
     best: Optional[tuple[tuple[float, float, int], tuple[DeviceBudget, ...], int, vllm.VllmEstimate]] = None
     refusal: Optional[FleetfitError] = None
-    for group, tensor in _vllm_groups(view.devices):
+    capabilities = [device.compute_capability for device in view.devices]
+    able = able_devices(wheels, capabilities, _scheme_floor(engine, variant))
+    # A host on which no build runs is placed all the same, so that the answer says what else would be missing.
+    for group, tensor in _vllm_groups([view.devices[index] for index in able] or view.devices):
         try:
             estimate = placed(group, tensor, policy.min_context_tokens)
         except FleetfitError as error:
@@ -653,39 +659,28 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
 
 
 def _vllm_device_rejection(
-    engine: Mapping[str, Any], variant: Variant, view: HostView
+    engine: Mapping[str, Any], wheels: Sequence[Wheel], variant: Variant, view: HostView
 ) -> Optional[Rejection]:
     if not view.devices:
         return Rejection("no_gpu", "vLLM needs an NVIDIA GPU, and this host has none to use")
     if any(device.mig for device in view.devices) and not engine["supports_mig"]:
         return Rejection("mig_not_supported", "vLLM on an instance of a partitioned card was never run")
-    scheme = engine["schemes"].get(variant.scheme, {})
-    floor = compute_capability_number(
-        str(scheme.get("min_compute_capability", engine["min_compute_capability"]))
+    problem = gpu_problem(
+        wheels,
+        [(device.name, device.compute_capability) for device in view.devices],
+        view.driver_version,
+        scheme=variant.scheme,
+        least=_scheme_floor(engine, variant),
     )
-    floor = max(floor, compute_capability_number(engine["min_compute_capability"]))
-    able = [
-        device
-        for device in view.devices
-        if compute_capability_number(device.compute_capability or "0.0") >= floor
-    ]
-    if not able:
-        best = max(
-            view.devices, key=lambda device: compute_capability_number(device.compute_capability or "0.0")
-        )
-        return Rejection(
-            "compute_capability_too_low",
-            f"{best.name} has compute capability {best.compute_capability or 'unknown'}; vLLM needs "
-            f"{floor[0]}.{floor[1]} for {variant.scheme}",
-            device=best.id,
-        )
-    needed = min(leading_number(item["min_driver"]) for item in engine["wheels"])
-    if view.driver_major is None or view.driver_major < needed:
-        return Rejection(
-            "driver_too_old",
-            f"driver {view.driver_version or 'none'} is older than {needed}, which every vLLM wheel needs",
-        )
-    return None
+    if problem is None:
+        return None
+    device = None if problem.device is None else view.devices[problem.device].id
+    return Rejection(problem.code, problem.reason, device=device)
+
+
+def _scheme_floor(engine: Mapping[str, Any], variant: Variant) -> str:
+    """Return the compute capability that vLLM's kernels for this format need."""
+    return str(engine["schemes"].get(variant.scheme, {}).get("min_compute_capability", "0.0"))
 
 
 def _vllm_groups(devices: Sequence[DeviceBudget]) -> list[tuple[tuple[DeviceBudget, ...], int]]:

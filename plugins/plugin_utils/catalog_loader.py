@@ -129,6 +129,8 @@ def _load(directories: tuple[Path, ...], stamp: tuple[tuple[str, int, int], ...]
     entries = {name: entry_from_dict(data, origin=origins[name]) for name, data in sorted(merged.items())}
     gpus = read_yaml(CATALOG_DIR / "gpus.yml")
     check_schema(gpus, "gpus", CATALOG_DIR / "gpus.yml")
+    engines = read_yaml(CATALOG_DIR / "engines.yml")
+    check_schema(engines, "engines", CATALOG_DIR / "engines.yml")
     calibration: list[Mapping[str, Any]] = []
     for directory in directories:
         path = directory / "calibration.yml"
@@ -139,7 +141,7 @@ def _load(directories: tuple[Path, ...], stamp: tuple[tuple[str, int, int], ...]
     return Catalog(
         entries=entries,
         gpus=gpus,
-        engines=read_yaml(CATALOG_DIR / "engines.yml"),
+        engines=engines,
         calibration=tuple(calibration),
     )
 

@@ -11,6 +11,11 @@ from pathlib import Path
 import click
 import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.vllm_wheels import (
+    wheel_of_requirements,
+    wheels_of,
+)
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import (
     DEFAULT_GLIBC,
     Wheelhouse,
@@ -74,9 +79,12 @@ def build(
 
 
 def wheelhouse_entry(built: Wheelhouse) -> dict[str, object]:
-    """Return a wheelhouse as roles take it, such as an entry of open_webui_wheelhouses."""
+    """Return a wheelhouse as roles take it: an entry of open_webui_wheelhouses, or of vllm_wheelhouses with its
+    build's variant and release."""
     arch, _, glibc = built.platform.partition("-glibc")
+    wheel = wheel_of_requirements(wheels_of(load_catalog().engines), built.requirements)
     return {
+        **({} if wheel is None else {"variant": wheel.variant, "release": wheel.release}),
         "python": built.python,
         "arch": arch,
         "glibc": glibc,

@@ -147,6 +147,27 @@ def test_each_hard_constraint_has_its_code(
     assert rejection(model, host, variant, **variables) == code
 
 
+def test_vllm_is_judged_by_the_builds_that_the_role_installs() -> None:
+    host = facts(cards("RTX 4090"), driver="550.163.01")
+    asked = request("qwen2.5-7b-instruct", host, engines=BOTH)
+    assert by_name(evaluate(asked), "AWQ").fits  # on the build for CUDA 12
+    vllm = asked.engines["engines"]["vllm"]
+    wheels = [row for row in vllm["wheels"] if row["variant"] != "cuda12"]
+    engines = {**asked.engines, "engines": {**asked.engines["engines"], "vllm": {**vllm, "wheels": wheels}}}
+    found = by_name(evaluate(replace(asked, engines=engines)), "AWQ").rejected
+    assert found is not None
+    assert found.code == "driver_too_old"
+    assert "550.163.01" in found.reason
+    assert "580" in found.reason
+
+
+def test_vllm_leaves_out_a_card_that_no_build_has_code_for() -> None:
+    host = facts(cards("GTX 1080 Ti", "RTX 4090"))
+    found = by_name(evaluate(request("qwen2.5-7b-instruct", host, engines=BOTH)), "AWQ")
+    assert found.fits
+    assert [device.name for device in found.devices] == ["NVIDIA GeForce RTX 4090"]
+
+
 def test_pascal_serves_with_llama_cpp() -> None:
     assert rejection("qwen2.5-7b-instruct", facts(cards("GTX 1080 Ti")), "Q4_K_M") is None
 
