@@ -7,18 +7,29 @@ from dataclasses import replace
 from typing import Any
 
 from . import memory_llama_cpp as llama
-from .errors import FleetfitError
-from .memory import HostBudget
+from . import memory_vllm as vllm
+from .memory import HostBudget, MemoryTerms
 from .model_shape import ModelShape
-from .tensor_sizes import layout_from_scheme
+from .tensor_sizes import layout_from_scheme, safetensors_layout
 from .units import MIB
 
 # What differs between a plan for GPUs and the same release on the CPU; nothing else may.
-CPU_SETTINGS: Mapping[str, Any] = {
+LLAMA_CPP_ON_CPU: Mapping[str, Any] = {
     "n_gpu_layers": 0,
     "split_mode": "none",
     "tensor_split": None,
     "n_cpu_moe": 0,
+    "device_uuids": [],
+}
+# Beside these, the share of GPU memory becomes the KV cache's own size in bytes.
+VLLM_ON_CPU: Mapping[str, Any] = {
+    "gpu_memory_utilization": None,
+    "startup_free_bytes": [],
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "kv_cache_dtype": "auto",
+    # The CPU build has no CUDA graphs, and compiling takes longer than it would ever win here.
+    "enforce_eager": True,
     "device_uuids": [],
 }
 
@@ -26,22 +37,33 @@ CPU_SETTINGS: Mapping[str, Any] = {
 def map_to_cpu(deployment: Mapping[str, Any], facts: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
     """Return ``settings``, ``memory_bytes``, ``host`` and ``changed`` ({name: [planned, run]}) for the CPU.
 
-    Everything else of the plan runs as it is: the same files, context, slots and KV type. Raises
-    ``engine_needs_gpu`` for an engine that fleetfit runs on GPUs only.
+    Everything else of the plan runs as it is: the same files, context and slots, and llama.cpp's KV type.
     """
-    if deployment["engine"] != "llama_cpp":
-        raise FleetfitError(
-            f"{deployment['engine']} is planned for GPUs, and this host's are simulated.",
-            code="engine_needs_gpu",
-            remedy="Set fleetfit_engine=llama_cpp for hosts with simulated GPUs.",
-        )
     planned = dict(deployment["settings"])
-    settings = {**planned, **CPU_SETTINGS}
+    if deployment["engine"] == "vllm":
+        settings, terms = _vllm(deployment, shape)
+    else:
+        settings, terms = _llama_cpp(deployment, facts, shape)
+    return {
+        "settings": settings,
+        "memory_bytes": terms.as_dict(),
+        "host": terms.as_dict(),
+        "changed": {
+            name: [planned.get(name), value]
+            for name, value in sorted(settings.items())
+            if planned.get(name) != value
+        },
+    }
+
+
+def _llama_cpp(
+    deployment: Mapping[str, Any], facts: Mapping[str, Any], shape: ModelShape
+) -> tuple[dict[str, Any], MemoryTerms]:
+    settings = {**deployment["settings"], **LLAMA_CPP_ON_CPU}
     stable = facts["stable"]
-    layout = layout_from_scheme(shape, deployment["scheme"])
     estimate = llama.estimate(
         shape,
-        layout,
+        layout_from_scheme(shape, deployment["scheme"]),
         context_tokens=deployment["context_tokens"],
         slots=settings["slots"],
         n_ubatch=settings["n_ubatch"],
@@ -54,14 +76,21 @@ def map_to_cpu(deployment: Mapping[str, Any], facts: Mapping[str, Any], shape: M
         ),
     )
     # The operating system and the chat page take what the plan already knows.
-    terms = replace(estimate.host, margin=deployment["host"]["margin"])
-    return {
-        "settings": settings,
-        "memory_bytes": terms.as_dict(),
-        "host": terms.as_dict(),
-        "changed": {
-            name: [planned.get(name), value]
-            for name, value in sorted(settings.items())
-            if planned.get(name) != value
-        },
-    }
+    return settings, replace(estimate.host, margin=deployment["host"]["margin"])
+
+
+def _vllm(deployment: Mapping[str, Any], shape: ModelShape) -> tuple[dict[str, Any], MemoryTerms]:
+    settings = {**deployment["settings"], **VLLM_ON_CPU}
+    host = deployment["host"]
+    estimate = vllm.estimate_on_cpu(
+        shape,
+        safetensors_layout(shape, deployment["scheme"]),
+        context_tokens=deployment["context_tokens"],
+        slots=deployment["slots"],
+        max_num_seqs=settings["max_num_seqs"],
+        max_num_batched_tokens=settings["max_num_batched_tokens"],
+        margin=host["margin"],
+        budget=host["budget"],
+    )
+    settings["kv_cache_memory_bytes"] = estimate.kv_cache_memory_bytes
+    return settings, estimate.host

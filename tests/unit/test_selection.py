@@ -187,7 +187,7 @@ def test_vllm_on_turing_runs_in_half_precision() -> None:
         evaluate(request("qwen2.5-1.5b-instruct", facts(cards("T4")), engines=BOTH, slots=1)), "BF16"
     )
     assert item.fits
-    assert item.settings["dtype"] == "half"
+    assert item.settings["dtype"] == "float16"
     ampere = by_name(
         evaluate(request("qwen2.5-1.5b-instruct", facts(cards("RTX 3090")), engines=BOTH, slots=1)), "BF16"
     )
