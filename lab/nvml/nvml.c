@@ -78,6 +78,7 @@ typedef struct Device {
     int memory_supported;      /* 0: both memory calls answer NOT_SUPPORTED (GB10, Jetson) */
     int display, persistence;
     int ecc;                   /* -1 not supported, 0 off, 1 on */
+    int row_remap;             /* -1 not supported, 0 none, 1 pending, 2 failed */
     unsigned long long ecc_uncorrected, throttle;
     int virtualization;        /* nvmlGpuVirtualizationMode_t */
     int addressing;            /* -1 not supported, 0 none, 1 HMM, 2 ATS */
@@ -184,7 +185,11 @@ static int set_device(Device *d, const char *key, const char *value)
     else if (!strcmp(key, "ecc")) d->ecc = tristate(value);
     else if (!strcmp(key, "ecc_uncorrected")) d->ecc_uncorrected = strtoull(value, NULL, 10);
     else if (!strcmp(key, "throttle")) d->throttle = strtoull(value, NULL, 0);
-    else if (!strcmp(key, "virtualization")) {
+    else if (!strcmp(key, "row_remap")) {
+        static const char *const names[] = {"not_supported", "none", "pending", "failed", NULL};
+        static const int numbers[] = {-1, 0, 1, 2};
+        d->row_remap = choice(value, names, numbers);
+    } else if (!strcmp(key, "virtualization")) {
         static const char *const names[] = {"none", "passthrough", "vgpu", NULL};
         static const int numbers[] = {0, 1, 2};
         d->virtualization = choice(value, names, numbers);
@@ -220,7 +225,7 @@ static Device *new_device(int parent)
     memset(d, 0, sizeof *d);
     d->parent = parent;
     d->memory_supported = d->persistence = 1;
-    d->ecc = d->addressing = d->mig = -1;
+    d->ecc = d->row_remap = d->addressing = d->mig = -1;
     if (parent >= 0) {
         Device *whole = &devices[parent];
         set_text(d->pci_bus_id, sizeof d->pci_bus_id, whole->pci_bus_id);
@@ -829,6 +834,19 @@ EXPORT int nvmlDeviceGetTotalEccErrors(Device *device, int error_type, int count
     if (device->ecc != 1)
         return NVML_ERROR_NOT_SUPPORTED;
     *count = error_type == 1 ? device->ecc_uncorrected : 0; /* 1: NVML_MEMORY_ERROR_TYPE_UNCORRECTED */
+    return NVML_SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetRemappedRows(Device *device, unsigned int *corrected, unsigned int *uncorrected,
+                                     unsigned int *pending, unsigned int *failed)
+{
+    CHECK(device, corrected && uncorrected && pending && failed);
+    if (device->row_remap < 0)
+        return NVML_ERROR_NOT_SUPPORTED;
+    *corrected = 0;
+    *uncorrected = device->row_remap > 0;
+    *pending = device->row_remap == 1;
+    *failed = device->row_remap == 2;
     return NVML_SUCCESS;
 }
 

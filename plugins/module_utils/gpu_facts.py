@@ -37,6 +37,22 @@ _THROTTLE_REASONS = {
     0x40: "hw_thermal_slowdown",
     0x80: "hw_power_brake_slowdown",
 }
+_THERMAL_REASONS = ("sw_thermal_slowdown", "hw_thermal_slowdown")
+# Xid errors that tell of a program, not of the card: what NVIDIA's k8s-device-plugin leaves out of its health check
+# (internal/rm/health.go), after NVIDIA's "Xid Errors". All others are a problem.
+_APPLICATION_XIDS = frozenset((13, 31, 43, 45, 68, 109))
+# What the ones that operators meet most stand for (NVIDIA, "Xid Errors").
+_XID_MEANINGS = {
+    48: "uncorrectable memory error",
+    63: "row remapping or page retirement recorded",
+    64: "row remapping or page retirement failed",
+    74: "NVLink error",
+    79: "fallen off the bus",
+    94: "contained memory error",
+    95: "uncontained memory error",
+    119: "GSP does not answer",
+    120: "GSP error",
+}
 # PCI base classes: VGA and 3D controllers; sound and USB functions of a card have others.
 _DISPLAY_CLASSES = ("0x0300", "0x0302")
 _XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
@@ -302,6 +318,7 @@ def _add_device(
 ) -> None:
     uuid = accelerator.uuid
     facts.accelerators.append(accelerator)
+    facts.problems.extend(health_problems(accelerator, device, xids))
     if accelerator.memory_kind == "unknown" and device["memory_error"]:
         facts.problems.append(device_problem(device["memory_error"], uuid, accelerator.name, memory=True))
     processes = [{**process, "owner": ownership.owner(process["pid"])} for process in device["processes"]]
@@ -330,6 +347,66 @@ def _add_device(
         ],
         "process_count": len(processes),
     }
+
+
+def health_problems(accelerator: Accelerator, device: dict[str, Any], xids: list[int]) -> list[Problem]:
+    """Return what is wrong with a card that answers: errors in the kernel's log, memory, heat."""
+    name, uuid = accelerator.name, accelerator.uuid
+    found = []
+    serious = [number for number in xids if number not in _APPLICATION_XIDS]
+    if serious:
+        told = ", ".join(f"{n} ({_XID_MEANINGS[n]})" if n in _XID_MEANINGS else str(n) for n in serious)
+        found.append(
+            Problem(
+                "xid",
+                f"{name} has logged Xid {told} since boot.",
+                "See `journalctl -k --grep Xid` and NVIDIA's list of Xid errors; drain the host and reset the card "
+                "(`nvidia-smi -r`) or reboot. If it comes back, have the card replaced.",
+                uuid,
+            )
+        )
+    remapped = device.get("remapped_rows") or {}
+    if remapped.get("failed"):
+        found.append(
+            Problem(
+                "row_remap_failed",
+                f"{name} has failing memory rows that it could not replace.",
+                "Have the card replaced; do not serve from it until then.",
+                uuid,
+            )
+        )
+    elif remapped.get("pending"):
+        found.append(
+            Problem(
+                "row_remap_pending",
+                f"{name} has replaced failing memory rows, which takes effect only with a reset.",
+                "Drain the host and reset the card (`nvidia-smi -r`), or reboot in a maintenance window.",
+                uuid,
+            )
+        )
+    errors = device.get("ecc_uncorrected")
+    if errors:
+        found.append(
+            Problem(
+                "ecc_uncorrected",
+                f"{name} has counted {errors} uncorrectable memory errors since the driver was loaded.",
+                "Restart what runs on it, and reset the card (`nvidia-smi -r`) or reboot; have it replaced if the "
+                "count grows again.",
+                uuid,
+            )
+        )
+    hot = [reason for reason in throttle_reasons(device.get("throttle")) if reason in _THERMAL_REASONS]
+    if hot:
+        found.append(
+            Problem(
+                "thermal_slowdown",
+                f"{name} is too hot and slows itself down ({', '.join(hot)}).",
+                "Look after fans, dust and the air flow of the room; `nvidia-smi -q -d TEMPERATURE,PERFORMANCE` "
+                "shows the limits.",
+                uuid,
+            )
+        )
+    return found
 
 
 def foreign_bytes(used: int, processes: list[dict[str, Any]], *, engine_runs: Any) -> int:
@@ -431,7 +508,7 @@ def _bus_only(card: PciCard) -> Accelerator:
         mig_profile=None,
         mig_parent=None,
         display=False,
-        pci_bus_id=_long_bus_id(card.address),
+        pci_bus_id=long_bus_id(card.address),
         pci_device_id=card.device_id,
     )
 
@@ -511,7 +588,7 @@ def _short_bus_id(bus_id: Optional[str]) -> str:
     return f"{int(domain, 16):04x}:{rest.lower()}"
 
 
-def _long_bus_id(address: str) -> str:
+def long_bus_id(address: str) -> str:
     """Return NVML's ``00000000:01:00.0`` for the kernel's ``0000:01:00.0``."""
     domain, rest = address.split(":", 1)
     return f"{int(domain, 16):08X}:{rest.upper()}"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 from . import gpu_facts
 from .errors import FleetfitError
 from .host_facts import host_facts
 from .manifest import MANIFEST_PATH, read_manifest
 from .ownership import SERVICES
-from .probe_root import ProbeRoot
-
-# Runs a command and returns (exit status, standard output).
-Runner = Callable[[Sequence[str]], tuple[int, str]]
+from .probe_root import ProbeRoot, Runner
 
 _LIBEXEC = "/opt/fleetfit/libexec"
 

@@ -224,6 +224,9 @@ class Reader:
             self.nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
             self.nvml.NVML_VOLATILE_ECC,
         )
+        # Rows corrected, rows not corrected, waits for a reset, could not be replaced; Ampere and later.
+        rows = self._maybe("nvmlDeviceGetRemappedRows", handle)
+        device["remapped_rows"] = rows and {"pending": bool(rows[2]), "failed": bool(rows[3])}
         device["nvlink_peers"] = self._nvlink_peers(handle)
         mode = self._maybe("nvmlDeviceGetMigMode", handle)
         device["mig_enabled"] = bool(mode and mode[0])

@@ -1,12 +1,55 @@
-"""Names of NVIDIA cards by PCI device id, for a host whose driver cannot be asked.
+"""Names and generations of NVIDIA cards by PCI device id, for a host whose driver cannot be asked.
 
-Source: the PCI ID database (pci-ids.ucw.cz), version 2025.06.09, 3-clause BSD: the generations Pascal to
-Blackwell. A card that is not here keeps its raw id as its name.
+Source of the names: the PCI ID database (pci-ids.ucw.cz), version 2025.06.09, 3-clause BSD: the generations
+Pascal to Blackwell. A card that is not here keeps its raw id as its name.
 """
 
 from __future__ import annotations
 
+from typing import Optional
+
 NVIDIA_VENDOR_ID = "10de"
+
+# First and last device id, generation, compute capability ("-": more than one in the range). The ranges are those
+# in which the PCI ID database gives only chips of one generation (GM… maxwell, GP… pascal, …); NVIDIA hands ids out
+# by chip. The capability of a chip: NVIDIA's table of compute capabilities (developer.nvidia.com/cuda-gpus).
+_RANGES = """\
+0fc0 103f kepler -
+1040 1140 fermi -
+1180 11ff kepler -
+1200 125f fermi -
+1280 12bf kepler -
+1340 143f maxwell -
+15f0 15ff pascal 6.0
+1617 1667 maxwell -
+1725 172f pascal 6.0
+174d 17fd maxwell -
+1b00 1d7f pascal 6.1
+1d80 1dff volta 7.0
+1e00 1fff turing 7.5
+2080 20ff ampere 8.0
+2180 21d1 turing 7.5
+2200 223f ampere 8.6
+2300 237f hopper 9.0
+2400 25ff ampere 8.6
+2680 28ff ada 8.9
+2900 29ff blackwell 10.0
+2b80 2dff blackwell 12.0
+2e00 2eff blackwell -
+2f00 2fff blackwell 12.0
+"""
+# The generation of a compute capability, for an id that no range has (the same table).
+_BY_CAPABILITY = {
+    "5": "maxwell",
+    "6": "pascal",
+    "7.0": "volta",
+    "7.5": "turing",
+    "8": "ampere",
+    "8.9": "ada",
+    "9": "hopper",
+    "10": "blackwell",
+    "12": "blackwell",
+}
 
 _NAMES = """\
 15f0 Quadro GP100
@@ -396,3 +439,27 @@ def card_name(pci_device_id: str) -> str:
     vendor, _colon, device = pci_device_id.lower().partition(":")
     name = _BY_DEVICE_ID.get(device) if vendor == NVIDIA_VENDOR_ID else None
     return f"NVIDIA {name}" if name else pci_device_id
+
+
+_GENERATIONS = [
+    (int(first, 16), int(last, 16), generation, None if capability == "-" else capability)
+    for first, last, generation, capability in (line.split() for line in _RANGES.splitlines())
+]
+
+
+def card_generation(
+    pci_device_id: str, compute_capability: Optional[str] = None
+) -> tuple[Optional[str], Optional[str]]:
+    """Return the generation (``ada``) and compute capability (``8.9``) of a card, null where unknown.
+
+    ``compute_capability`` is what the driver says: it stands, and tells the generation of an unknown id.
+    """
+    vendor, _colon, device = pci_device_id.lower().partition(":")
+    if vendor == NVIDIA_VENDOR_ID:
+        for first, last, generation, capability in _GENERATIONS:
+            if first <= int(device, 16) <= last:
+                return generation, compute_capability or capability
+    if compute_capability is None:
+        return None, None
+    major = compute_capability.partition(".")[0]
+    return _BY_CAPABILITY.get(compute_capability, _BY_CAPABILITY.get(major)), compute_capability

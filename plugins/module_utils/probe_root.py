@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
+
+# Runs a command and returns (exit status, standard output); 127 where the program is not there.
+Runner = Callable[[Sequence[str]], tuple[int, str]]
+
+
+def tool_runner(module: Any) -> Runner:
+    """Return what runs a tool for a probe through an AnsibleModule: in English, 127 where it is missing."""
+
+    def run(arguments: Sequence[str]) -> tuple[int, str]:
+        if module.get_bin_path(arguments[0]) is None:
+            return 127, ""
+        status, output, _error = module.run_command(
+            list(arguments), environ_update={"LC_ALL": "C", "LANGUAGE": "C"}
+        )
+        return status, output
+
+    return run
 
 
 class ProbeRoot:
@@ -18,9 +36,14 @@ class ProbeRoot:
 
     def read(self, absolute: str, limit_bytes: int = 1 << 20) -> Optional[str]:
         """Return the file's text without surrounding space, or None where it cannot be read."""
+        data = self.read_bytes(absolute, limit_bytes)
+        return None if data is None else data.decode("utf-8", "replace").strip()
+
+    def read_bytes(self, absolute: str, limit_bytes: int = 1 << 20) -> Optional[bytes]:
+        """Return the file's bytes, or None where it cannot be read."""
         try:
             with open(self.path(absolute), "rb") as file:
-                return file.read(limit_bytes).decode("utf-8", "replace").strip()
+                return file.read(limit_bytes)
         except OSError:
             return None
 

@@ -30,9 +30,22 @@ options:
     type: float
     default: 20
   drivers:
-    description: Tell also which drivers are installed and could be. Accepted and not used yet.
+    description:
+      - Tell also what is installed, loaded, held and offered of the driver, and why a reboot is needed, as the fact
+        C(fleetfit_drivers).
+      - Lists packages, kernels and initramfs, which takes a few seconds on a host with a card.
     type: bool
     default: false
+  driver_kernels:
+    description:
+      - With O(drivers), kernel releases to look at instead of those that are installed, for tests and containers.
+      - The first one counts as running where the host's own is not among them.
+    type: list
+    elements: str
+    default: []
+  driver_context:
+    description: Set by the action plugin, what the controller knows (its boot id, the day, the drivers' branches).
+    type: dict
   pynvml_archive:
     description: Set by the action plugin, the controller's C(pynvml.py) (zlib, base64).
     type: str
@@ -59,6 +72,15 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+ansible_facts:
+  description: The driver's facts.
+  returned: with O(drivers)
+  type: dict
+  contains:
+    fleetfit_drivers:
+      description: With O(drivers), the driver's facts (docs/contracts.md, section 14).
+      type: dict
+      returned: with O(drivers)
 driver:
   description: Version and CUDA version of the driver that is loaded; null where none is.
   returned: always
@@ -108,6 +130,8 @@ import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.fleetfit.llm.plugins.module_utils import gpu_facts
+from ansible_collections.fleetfit.llm.plugins.module_utils.driver_facts import driver_state
+from ansible_collections.fleetfit.llm.plugins.module_utils.probe_root import tool_runner
 
 
 def main():
@@ -118,6 +142,8 @@ def main():
             "library_path": {"type": "path"},
             "probe_timeout_s": {"type": "float", "default": 20},
             "drivers": {"type": "bool", "default": False},
+            "driver_kernels": {"type": "list", "elements": "str", "default": []},
+            "driver_context": {"type": "dict"},
             # Not a secret: but 70 KB have no place in the host's log.
             "pynvml_archive": {"type": "str", "no_log": True},
         },
@@ -134,7 +160,19 @@ def main():
         library_path=module.params["library_path"],
         probe_timeout_s=module.params["probe_timeout_s"],
     )
-    module.exit_json(changed=False, **facts.to_dict())
+    answer = facts.to_dict()
+    if module.params["drivers"]:
+        state = driver_state(
+            module.params["root"],
+            run=tool_runner(module),
+            accelerators=answer["accelerators"],
+            problems=answer["problems"],
+            driver_kernels=module.params["driver_kernels"],
+            **(module.params["driver_context"] or {}),
+        )
+        answer["problems"] = state["problems"]
+        answer["ansible_facts"] = {"fleetfit_drivers": state}
+    module.exit_json(changed=False, **answer)
 
 
 if __name__ == "__main__":

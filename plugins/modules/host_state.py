@@ -30,9 +30,22 @@ options:
     type: float
     default: 20
   drivers:
-    description: Tell also which drivers are installed and could be. Accepted and not used yet.
+    description:
+      - Tell also what is installed, loaded, held and offered of the driver, and why a reboot is needed, as the fact
+        C(fleetfit_drivers).
+      - Lists packages, kernels and initramfs, which takes a few seconds on a host with a card.
     type: bool
     default: false
+  driver_kernels:
+    description:
+      - With O(drivers), kernel releases to look at instead of those that are installed, for tests and containers.
+      - The first one counts as running where the host's own is not among them.
+    type: list
+    elements: str
+    default: []
+  driver_context:
+    description: Set by the action plugin, what the controller knows (its boot id, the day, the drivers' branches).
+    type: dict
   pynvml_archive:
     description: Set by the action plugin, the controller's C(pynvml.py) (zlib, base64).
     type: str
@@ -65,7 +78,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 ansible_facts:
-  description: The facts document.
+  description: The facts document, and the driver's.
   returned: always
   type: dict
   contains:
@@ -75,6 +88,10 @@ ansible_facts:
         moves) and C(problems). The JSON schema is catalog/schemas/facts.json.
       type: dict
       returned: always
+    fleetfit_drivers:
+      description: With O(drivers), the driver's facts (docs/contracts.md, section 14).
+      type: dict
+      returned: with O(drivers)
 manifest:
   description: The content of /etc/fleetfit/manifest.json; null where fleetfit manages nothing yet.
   returned: always
@@ -94,7 +111,9 @@ import base64
 import zlib
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.fleetfit.llm.plugins.module_utils.driver_facts import driver_state
 from ansible_collections.fleetfit.llm.plugins.module_utils.host_state import host_state
+from ansible_collections.fleetfit.llm.plugins.module_utils.probe_root import tool_runner
 
 
 def main():
@@ -105,6 +124,8 @@ def main():
             "library_path": {"type": "path"},
             "probe_timeout_s": {"type": "float", "default": 20},
             "drivers": {"type": "bool", "default": False},
+            "driver_kernels": {"type": "list", "elements": "str", "default": []},
+            "driver_context": {"type": "dict"},
             # Not a secret: but 70 KB have no place in the host's log.
             "pynvml_archive": {"type": "str", "no_log": True},
             "reference_time_s": {"type": "float"},
@@ -117,12 +138,7 @@ def main():
             msg="The module host_state works through its action plugin only.", code="no_action_plugin"
         )
 
-    def run(arguments):
-        if module.get_bin_path(arguments[0]) is None:
-            return 127, ""
-        status, output, _error = module.run_command(list(arguments))
-        return status, output
-
+    run = tool_runner(module)
     state = host_state(
         module.params["root"],
         run=run,
@@ -131,8 +147,17 @@ def main():
         probe_timeout_s=module.params["probe_timeout_s"],
         reference_time_s=module.params["reference_time_s"],
     )
-    facts = state.pop("facts")
-    module.exit_json(changed=False, ansible_facts={"fleetfit": facts}, **state)
+    facts = {"fleetfit": state.pop("facts")}
+    if module.params["drivers"]:
+        facts["fleetfit_drivers"] = driver_state(
+            module.params["root"],
+            run=run,
+            accelerators=facts["fleetfit"]["stable"]["accelerators"],
+            problems=facts["fleetfit"]["problems"],
+            driver_kernels=module.params["driver_kernels"],
+            **(module.params["driver_context"] or {}),
+        )
+    module.exit_json(changed=False, ansible_facts=facts, **state)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import functools
 import importlib.util
 import time
@@ -32,6 +33,40 @@ def packed_pynvml() -> str:
 ROOT_VARIABLE = "fleetfit_probe_root"
 
 
+def driver_context(*, local: bool) -> dict[str, Any]:
+    """Return what a host's driver facts need of the controller: its boot id, the day, the drivers' branches.
+
+    ``local`` says that the connection is: the host is the controller then, whatever its boot id.
+    """
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # a controller that is no Linux machine cannot be one of the hosts
+        boot_id = None
+    return {
+        "controller_boot_id": boot_id,
+        "local_connection": local,
+        "branches": known_branches(),
+        "today": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+@functools.cache
+def known_branches() -> dict[str, dict[str, Any]]:
+    """Return end of life and support of each driver branch in catalog/drivers.yml."""
+    # Imported here: it needs jsonschema, which a probe without `drivers` does not.
+    from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import CATALOG_DIR, read_yaml
+
+    path = CATALOG_DIR / "drivers.yml"
+    catalog = read_yaml(path) if path.exists() else {"branches": []}
+    return {
+        str(entry["branch"]): {
+            "end_of_life": entry.get("end_of_life"),
+            "supported": entry.get("supported", True),
+        }
+        for entry in catalog["branches"]
+    }
+
+
 class ProbeAction(ActionBase):
     """Run a probing module with the client in its arguments: the host needs nothing and keeps nothing."""
 
@@ -49,6 +84,8 @@ class ProbeAction(ActionBase):
         root = (task_vars or {}).get(ROOT_VARIABLE)
         if root and "root" not in arguments:
             arguments["root"] = self._templar.template(root)
+        if arguments.get("drivers"):
+            arguments["driver_context"] = driver_context(local=self._connection.transport == "local")
         asked_s = time.time()
         if self.TELLS_TIME:
             arguments["reference_time_s"] = asked_s
