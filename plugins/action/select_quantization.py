@@ -30,6 +30,7 @@ VARIABLES = {
     "vram_reserve_bytes": "fleetfit_vram_reserve_bytes",
     "use_gpus": "fleetfit_use_gpus",
     "catalog_dirs": "fleetfit_catalog_dirs",
+    "lora_adapters": "fleetfit_lora_adapters",
     "replan": "fleetfit_replan",
 }
 # Variables that no option repeats: they belong to the host, not to one plan.

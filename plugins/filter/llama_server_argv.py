@@ -40,6 +40,10 @@ options:
     description: The name under which the model is served.
     type: str
     required: true
+  adapters_directory:
+    description: The directory with the links to the LoRA adapters; needed where the settings name some.
+    type: str
+    default: ""
 author:
   - fleetfit contributors (@fleetfit)
 """
@@ -76,6 +80,7 @@ def _filter(
     api_key_file: str,
     alias: str,
     chat_template_file: str | None = None,
+    adapters_directory: str = "",
 ) -> list[str]:
     try:
         return llama_server_argv(
@@ -87,6 +92,7 @@ def _filter(
             api_key_file=api_key_file,
             chat_template_file=chat_template_file,
             alias=alias,
+            adapters_directory=adapters_directory,
         )
     except FleetfitError as error:
         raise AnsibleFilterError(str(error)) from error

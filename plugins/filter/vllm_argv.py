@@ -37,6 +37,10 @@ options:
   chat_template_file:
     description: The chat template; none for the one in the model's directory.
     type: str
+  adapters_directory:
+    description: The directory with the links to the LoRA adapters; needed where the settings name some.
+    type: str
+    default: ""
 author:
   - fleetfit contributors (@fleetfit)
 """
@@ -71,6 +75,7 @@ def _filter(
     port: int,
     served_model_name: str,
     chat_template_file: str | None = None,
+    adapters_directory: str = "",
 ) -> list[str]:
     try:
         return vllm_argv(
@@ -81,6 +86,7 @@ def _filter(
             port=int(port),
             served_model_name=served_model_name,
             chat_template_file=chat_template_file,
+            adapters_directory=adapters_directory,
         )
     except FleetfitError as error:
         raise AnsibleFilterError(str(error)) from error

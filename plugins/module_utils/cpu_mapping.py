@@ -8,6 +8,7 @@ from typing import Any
 
 from . import memory_llama_cpp as llama
 from . import memory_vllm as vllm
+from .lora import layout_with_adapters
 from .memory import HostBudget, MemoryTerms
 from .model_shape import ModelShape
 from .tensor_sizes import layout_from_scheme, safetensors_layout
@@ -63,7 +64,10 @@ def _llama_cpp(
     stable = facts["stable"]
     estimate = llama.estimate(
         shape,
-        layout_from_scheme(shape, deployment["scheme"]),
+        layout_with_adapters(
+            layout_from_scheme(shape, deployment["scheme"]),
+            [sum(file["size"] for file in adapter["files"]) for adapter in deployment["adapters"]],
+        ),
         context_tokens=deployment["context_tokens"],
         slots=settings["slots"],
         n_ubatch=settings["n_ubatch"],
@@ -89,6 +93,8 @@ def _vllm(deployment: Mapping[str, Any], shape: ModelShape) -> tuple[dict[str, A
         slots=deployment["slots"],
         max_num_seqs=settings["max_num_seqs"],
         max_num_batched_tokens=settings["max_num_batched_tokens"],
+        max_loras=settings["max_loras"],
+        max_lora_rank=settings["max_lora_rank"],
         margin=host["margin"],
         budget=host["budget"],
     )

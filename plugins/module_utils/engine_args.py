@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from .errors import FleetfitError
+from .lora import link_name
 
 # Every key that `settings` of a llama_cpp deployment has; a plan without one of them is refused.
 LLAMA_CPP_SETTINGS = (
@@ -31,6 +32,7 @@ LLAMA_CPP_SETTINGS = (
     "served_model_name",
     "device_uuids",
     "jinja",
+    "lora",
 )
 VLLM_SETTINGS = (
     "max_model_len",
@@ -48,6 +50,9 @@ VLLM_SETTINGS = (
     "enforce_eager",
     "rope",
     "tool_call_parser",
+    "max_loras",
+    "max_lora_rank",
+    "lora_modules",
     "served_model_name",
     "device_uuids",
 )
@@ -114,6 +119,16 @@ def llama_server_args(settings: Mapping[str, Any]) -> list[str]:
     return args
 
 
+def llama_lora_args(settings: Mapping[str, Any], directory: str) -> list[str]:
+    """Return the arguments that load the LoRA adapters, in the plan's order, which is that of their ids.
+
+    Each begins with scale 0: a request that names no adapter is answered by the model alone
+    (``--lora`` would apply every adapter to every request).
+    """
+    files = [f"{directory}/{link_name(item['name'])}/{item['file']}:0" for item in settings["lora"]]
+    return ["--lora-scaled", ",".join(files)] if files else []
+
+
 def llama_server_argv(
     settings: Mapping[str, Any],
     *,
@@ -124,13 +139,16 @@ def llama_server_argv(
     api_key_file: Optional[str],
     chat_template_file: Optional[str],
     alias: Optional[str] = None,
+    adapters_directory: str = "",
 ) -> list[str]:
     """Return llama-server's whole command line, program first.
 
     ``api_key_file`` and ``chat_template_file`` are paths (never the secret itself); ``alias`` defaults to
-    the setting ``served_model_name``. Raises :class:`FleetfitError` (``incomplete_settings``).
+    the setting ``served_model_name``; ``adapters_directory`` holds the links to the LoRA adapters. Raises
+    :class:`FleetfitError` (``incomplete_settings``).
     """
     argv = [binary, "-m", model_path, *llama_server_args(settings)]
+    argv += llama_lora_args(settings, adapters_directory)
     argv += ["--alias", alias or str(settings["served_model_name"])]
     argv += ["--host", host, "--port", str(port), "--offline"]
     if chat_template_file:
@@ -182,6 +200,9 @@ def vllm_args(settings: Mapping[str, Any]) -> list[str]:
         args += ["--hf-overrides", _hf_overrides(settings["rope"])]
     if settings["tool_call_parser"]:
         args += ["--enable-auto-tool-choice", "--tool-call-parser", str(settings["tool_call_parser"])]
+    if settings["lora_modules"]:
+        args += ["--enable-lora", "--max-loras", str(settings["max_loras"])]
+        args += ["--max-lora-rank", str(settings["max_lora_rank"])]
     # No pages that describe the API, and nothing of requests in the log.
     args += ["--disable-fastapi-docs", "--no-enable-log-requests", "--disable-uvicorn-access-log"]
     return args
@@ -196,12 +217,14 @@ def vllm_argv(
     port: int,
     served_model_name: Optional[str] = None,
     chat_template_file: Optional[str] = None,
+    adapters_directory: str = "",
 ) -> list[str]:
     """Return vLLM's whole command line, its environment's interpreter first.
 
     The API key is never in it: the server reads ``VLLM_API_KEY``. ``model_path`` is the directory of the
-    model; ``served_model_name`` defaults to the setting. Raises :class:`FleetfitError`
-    (``incomplete_settings``, or ``format_not_supported`` for a GGUF file).
+    model, ``adapters_directory`` that of the links to LoRA adapters; ``served_model_name`` defaults to the
+    setting. Raises :class:`FleetfitError` (``incomplete_settings``, or ``format_not_supported`` for a GGUF
+    file).
     """
     if model_path.lower().endswith(".gguf"):
         raise FleetfitError(
@@ -216,6 +239,10 @@ def vllm_argv(
     argv += [*vllm_args(settings), "--host", host, "--port", str(port)]
     if chat_template_file:
         argv += ["--chat-template", chat_template_file]
+    # Last: the option takes every word that follows it.
+    names = settings["lora_modules"]
+    if names:
+        argv += ["--lora-modules", *(f"{name}={adapters_directory}/{link_name(name)}" for name in names)]
     return argv
 
 

@@ -215,6 +215,8 @@ def estimate_on_cpu(
     max_num_batched_tokens: int,
     margin: int,
     budget: int,
+    max_loras: int = 0,
+    max_lora_rank: int = 0,
 ) -> CpuEstimate:
     """Return the KV pool in bytes and the host memory of the CPU build serving the same context and slots.
 
@@ -230,6 +232,7 @@ def estimate_on_cpu(
         * kv_bytes_per_token(shape, kv_cache_dtype="auto", tensor_parallel=1)
     )
     weights = weight_bytes(shape, layout, tensor_parallel=1, pipeline_parallel=1, stage=0)
+    weights += lora_bytes(shape, max_loras=max_loras, max_lora_rank=max_lora_rank)
     compute = activation_bytes(
         shape, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
     )

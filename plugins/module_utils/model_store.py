@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import FleetfitError
+from .lora import link_name
 from .manifest import safe_to_delete
 
 MODELS = "/var/lib/fleetfit/models"
@@ -46,8 +47,9 @@ def model_artifacts(
     """Return the artifacts (contracts.md §6) of a plan's deployment.
 
     ``sources`` are bases tried before the hub, each with ``type`` file (``path``, ``location``)
-    or http (``url``); below a base a file is ``<model>/<variant>/<name>``. Raises FleetfitError for a
-    model that is not pinned, and where there is no source at all.
+    or http (``url``); below a base a file is ``<model>/<variant>/<name>``, and an adapter's is
+    ``<model>/<directory>/<name>``. Raises FleetfitError for a model that is not pinned, and where there is
+    no source at all.
     """
     check_pinned(deployment)
     if not sources and not hub:
@@ -56,17 +58,9 @@ def model_artifacts(
             code="no_source",
             remedy="Set model_store_sources, or model_store_hub to true.",
         )
-    directory = variant_directory(deployment["model"], deployment["variant"])
     artifacts = []
     for file in deployment["files"]:
-        below = f"{deployment['model']}/{deployment['variant']}/{file['name']}"
-        places: list[dict[str, Any]] = []
-        for source in sources:
-            if source["type"] == "http":
-                places.append({"type": "http", "url": f"{source['url'].rstrip('/')}/{below}"})
-            else:
-                path = f"{source['path'].rstrip('/')}/{below}"
-                places.append({"type": "file", "path": path, "location": source["location"]})
+        places = _places(sources, deployment["model"], deployment["variant"], file["name"])
         if hub:
             places.append(
                 {
@@ -77,19 +71,72 @@ def model_artifacts(
                     "endpoint": endpoint,
                 }
             )
-        artifacts.append(
-            {
-                "name": file["name"],
-                "size": file["size"],
-                "sha256": file["sha256"],
-                "dest": f"{directory}/{file['name']}",
-                "owner": "root",
-                "group": "fleetfit-models",
-                "mode": "0640",
-                "sources": places,
-            }
-        )
+        artifacts.append(_artifact(deployment["model"], deployment["variant"], file, places))
+    for adapter in deployment.get("adapters") or ():
+        artifacts += _adapter_artifacts(deployment["model"], adapter, sources, hub=hub, endpoint=endpoint)
     return artifacts
+
+
+def _adapter_artifacts(
+    model: str, adapter: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], *, hub: bool, endpoint: str
+) -> list[dict[str, Any]]:
+    own = adapter["source"]
+    artifacts = []
+    for file in adapter["files"]:
+        places = _places(sources, model, adapter["directory"], file["name"])
+        if own["type"] == "http":
+            places.append({"type": "http", "url": f"{own['url']}/{file['name']}"})
+        elif own["type"] == "file":
+            path = f"{own['path']}/{file['name']}"
+            places.append({"type": "file", "path": path, "location": own["location"]})
+        elif hub:
+            places.append({**own, "filename": file["name"], "endpoint": endpoint})
+        if not places:
+            raise FleetfitError(
+                f"There is no source for the LoRA adapter {adapter['name']}.",
+                code="no_source",
+                remedy="Set model_store_sources, or model_store_hub to true.",
+            )
+        artifact = _artifact(model, adapter["directory"], file, places)
+        artifacts.append({**artifact, "name": f"{adapter['name']}/{file['name']}"})
+    return artifacts
+
+
+def _places(
+    sources: Sequence[Mapping[str, Any]], model: str, directory: str, name: str
+) -> list[dict[str, Any]]:
+    below = f"{model}/{directory}/{name}"
+    places: list[dict[str, Any]] = []
+    for source in sources:
+        if source["type"] == "http":
+            places.append({"type": "http", "url": f"{source['url'].rstrip('/')}/{below}"})
+        else:
+            path = f"{source['path'].rstrip('/')}/{below}"
+            places.append({"type": "file", "path": path, "location": source["location"]})
+    return places
+
+
+def _artifact(
+    model: str, directory: str, file: Mapping[str, Any], places: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "name": file["name"],
+        "size": file["size"],
+        "sha256": file["sha256"],
+        "dest": f"{variant_directory(model, directory)}/{file['name']}",
+        "owner": "root",
+        "group": "fleetfit-models",
+        "mode": "0640",
+        "sources": places,
+    }
+
+
+def adapter_directories(deployment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the directories of a deployment's LoRA adapters under the names of a release's links to them."""
+    return {
+        link_name(adapter["name"]): variant_directory(deployment["model"], adapter["directory"])
+        for adapter in deployment.get("adapters") or ()
+    }
 
 
 def _directories(path: str) -> list[str]:

@@ -10,6 +10,7 @@ from .cpu_mapping import map_to_cpu
 from .errors import FleetfitError
 from .host_facts import facts_digest
 from .host_view import view_of_facts
+from .lora import adapters_for, layout_with_adapters, plan_adapters, vllm_rank
 from .policy import Policy
 from .selection import (
     Candidate,
@@ -147,6 +148,7 @@ def deployment_of(request: Request, chosen: Candidate, facts: Mapping[str, Any])
         "revision": variant.revision,
         "quality_tier": variant.quality_tier,
         "files": [item.as_dict() for item in variant.files],
+        "adapters": plan_adapters(chosen.engine, policy.lora_adapters, entry),
         "device_uuids": [device.id for device in chosen.devices],
         "settings": dict(chosen.settings),
         "chat_template": entry.chat_template,
@@ -170,12 +172,18 @@ def sources_of(request: Request, chosen: Candidate) -> dict[str, str]:
     """Return where every number of the plan comes from, in words."""
     entry, variant = request.entry, chosen.variant
     layout = request.layouts.get(variant.name) or layout_of(entry, variant)
+    adapters = adapters_for(chosen.engine, request.policy.lora_adapters)
+    weights = layout.source
+    if adapters and chosen.engine == "llama_cpp":
+        weights = layout_with_adapters(layout, [item.file_bytes for item in adapters]).source
+    elif adapters:
+        weights += f"; {len(adapters)} LoRA slots of rank {vllm_rank(adapters)}"
     ours = "compared with llama.cpp's own accounting (llama-fit-params)"
     from_vllm = "formula from vLLM's source and logged figures, not run"
     llama_cpp = chosen.engine == "llama_cpp"
     unknown = [device.name for device in chosen.devices if not device.bandwidth_bytes_per_s]
     sources = {
-        "weights": layout.source,
+        "weights": weights,
         "kv_cache": f"shape of {entry.name}, {chosen.slots} slots of {chosen.context_tokens} tokens; "
         + (ours if llama_cpp else from_vllm),
         "compute": f"upper bound {ours}" if llama_cpp else from_vllm,

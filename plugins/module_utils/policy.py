@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from .catalog_entry import QUALITY_TIERS, TIER_OF_SCHEME, tier_of_scheme
 from .errors import FleetfitError
+from .lora import Adapter, adapters_from_variable
 
 SCHEMA_VERSION = 1
 PREFERENCES = ("quality", "speed", "context")
@@ -41,6 +42,7 @@ class Policy:
     open_webui: bool = False
     simulated_gpus: bool = False
     accepted_problems: tuple[str, ...] = ()
+    lora_adapters: tuple[Adapter, ...] = ()
     replan: bool = False
 
     @property
@@ -66,6 +68,8 @@ class Policy:
             "open_webui": self.open_webui,
             "simulated_gpus": self.simulated_gpus,
             "accepted_problems": list(self.accepted_problems),
+            # Where the files come from is no part of it: another mirror is not another policy.
+            "lora_adapters": [f"{item.name} {item.format} {item.digest}" for item in self.lora_adapters],
         }
 
 
@@ -99,6 +103,7 @@ def policy_from_variables(variables: Mapping[str, Any]) -> Policy:
         open_webui=_boolean(variables, "fleetfit_open_webui", False),
         simulated_gpus=_boolean(variables, "fleetfit_simulated_gpus", False),
         accepted_problems=_names(variables, "host_baseline_accepted_problems"),
+        lora_adapters=adapters_from_variable(variables.get("fleetfit_lora_adapters")),
         replan=_boolean(variables, "fleetfit_replan", False),
     )
 

@@ -26,6 +26,7 @@ from .catalog_entry import CatalogEntry, Variant
 from .engine_args import llama_server_args, vllm_args
 from .errors import FleetfitError
 from .host_view import HostView, compute_capability_number, leading_number
+from .lora import adapters_for, check_base_model, engine_problem, layout_with_adapters, vllm_rank
 from .memory import DeviceBudget, Estimate, MemoryTerms
 from .model_shape import ModelShape
 from .placement import LlamaPlacer, Placement, longest_context
@@ -42,6 +43,8 @@ REJECTION_CODES = (
     "below_min_quality_tier",
     "kv_type_not_supported",
     "kv_type_not_allowed",
+    "adapter_format_not_readable",
+    "adapter_rank_too_high",
     "no_gpu",
     "mig_not_supported",
     "compute_capability_too_low",
@@ -209,9 +212,11 @@ class Request:
 def evaluate(request: Request) -> tuple[Candidate, ...]:
     """Return every candidate of the model on this host in the catalog's order, each fitting or rejected.
 
-    Raises ``context_above_limit`` where the policy asks for more context than the model has at all.
+    Raises ``context_above_limit`` where the policy asks for more context than the model has at all, and
+    ``lora_for_another_model`` for an adapter of another one.
     """
     entry, policy = request.entry, request.policy
+    check_base_model(policy.lora_adapters, entry)
     check_min_context(policy, entry.native_context_tokens, entry.max_context_tokens, entry.id)
     found = []
     for variant in entry.variants:
@@ -336,7 +341,8 @@ def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str
         smaller = replace(
             request,
             entry=sibling,
-            policy=replace(policy, model=sibling.id),
+            # Adapters belong to one model; a smaller one is looked at without them.
+            policy=replace(policy, model=sibling.id, lora_adapters=()),
             siblings=(),
             require_pinned=False,
         )
@@ -415,7 +421,8 @@ def _common_rejection(request: Request, variant: Variant, engine: str) -> Option
             "kv_type_not_allowed",
             f"values in {kv_type} are not allowed for {entry.id} (only {', '.join(entry.kv_values)})",
         )
-    return None
+    problem = engine_problem(engine, policy.lora_adapters)
+    return None if problem is None else Rejection(*problem)
 
 
 def _speed_rejection(request: Request, expected: Optional[float]) -> Optional[Rejection]:
@@ -487,7 +494,10 @@ def _llama_candidate(request: Request, variant: Variant) -> Candidate:
     entry, policy = request.entry, request.policy
     view = request.calibrated_view("llama_cpp", variant.name)
     shape = entry.shape_of(variant)
-    layout = request.layouts.get(variant.name) or layout_of(entry, variant)
+    layout = layout_with_adapters(
+        request.layouts.get(variant.name) or layout_of(entry, variant),
+        [item.file_bytes for item in adapters_for("llama_cpp", policy.lora_adapters)],
+    )
     kv_type = policy.kv_type
     candidate = Candidate(
         engine="llama_cpp",
@@ -560,6 +570,10 @@ def _llama_settings(
         "served_model_name": entry.id,
         "device_uuids": [device.id for device in placement.devices],
         "jinja": True,
+        "lora": [
+            {"name": item.name, "file": item.gguf_file}
+            for item in adapters_for("llama_cpp", policy.lora_adapters)
+        ],
     }
 
 
@@ -587,6 +601,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
     if not view.devices:
         return replace(candidate, rejected=rejected)
     sequences = max(policy.slots, VLLM_MIN_SEQUENCES)
+    adapters = adapters_for("vllm", policy.lora_adapters)
 
     def placed(group: tuple[DeviceBudget, ...], tensor: int, context_tokens: int) -> vllm.VllmEstimate:
         return vllm.estimate(
@@ -599,6 +614,8 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
             kv_cache_dtype=kv_dtype,
             tensor_parallel=tensor,
             pipeline_parallel=len(group) // tensor,
+            max_loras=len(adapters),
+            max_lora_rank=vllm_rank(adapters),
             host=view.host,
         )
 
@@ -656,6 +673,9 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
             "enforce_eager": False,
             "rope": rope_settings(entry, policy.min_context_tokens),
             "tool_call_parser": entry.tool_call_parser,
+            "max_loras": len(adapters),
+            "max_lora_rank": vllm_rank(adapters),
+            "lora_modules": [item.name for item in adapters],
             "served_model_name": entry.id,
             "device_uuids": [device.id for device in group],
         },

@@ -66,6 +66,16 @@ options:
         C(fleetfit_catalog_dirs), else none.
     type: list
     elements: str
+  lora_adapters:
+    description:
+      - LoRA adapters to serve beside the model, each selectable by its name. Keys are C(name), C(base_model) (the
+        catalog entry it was made for), C(format) (C(safetensors) for vLLM, C(gguf) for llama.cpp; an adapter
+        may be listed once in each), C(rank), C(files) with C(name), C(size) and C(sha256), and one source,
+        C(url), C(path) (with C(location), C(controller) or C(host)) or C(repository) with C(revision).
+        C(base_model_names) lists further names that the adapter's own files may give for the model.
+      - Default is C(fleetfit_lora_adapters), else none.
+    type: list
+    elements: dict
   replan:
     description: Take a better variant where there is one. Default is C(fleetfit_replan), else V(false).
     type: bool

@@ -6,7 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from ansible_collections.fleetfit.llm.plugins.module_utils.engine_args import VLLM_SETTINGS, vllm_argv
+from ansible_collections.fleetfit.llm.plugins.module_utils.engine_args import (
+    VLLM_SETTINGS,
+    llama_server_argv,
+    vllm_argv,
+)
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import evaluate
 
@@ -119,3 +123,23 @@ def test_gguf_is_refused_with_the_alternative() -> None:
         vllm_argv(settings(), **{**PLACES, "model_path": "/models/x.Q4_K_M.gguf"})
     assert caught.value.code == "format_not_supported"
     assert "fleetfit_engine=llama_cpp" in str(caught.value.remedy)
+
+
+def test_adapters_have_slots_of_the_planned_rank_and_their_names_come_last() -> None:
+    planned = {**settings(), "max_loras": 2, "max_lora_rank": 16, "lora_modules": ["curt", "tone"]}
+    argv = vllm_argv(planned, **PLACES, adapters_directory="{release}")
+    assert "--enable-lora" in argv
+    assert (option(argv, "--max-loras"), option(argv, "--max-lora-rank")) == ("2", "16")
+    assert argv[-3:] == ["--lora-modules", "curt={release}/adapter-curt", "tone={release}/adapter-tone"]
+    assert not any("lora" in word for word in vllm_argv(settings(), **PLACES))
+
+
+def test_llama_server_answers_without_an_adapter_unless_a_request_asks_for_one() -> None:
+    found = evaluate(request("qwen2.5-7b-instruct", facts(cards("RTX 4090"))))
+    planned = dict(next(item for item in found if item.fits).settings)
+    places = {"binary": "b", "model_path": "m", "host": "h", "port": 1}
+    line = {**places, "api_key_file": None, "chat_template_file": None, "adapters_directory": "{release}"}
+    assert "--lora-scaled" not in llama_server_argv(planned, **line)
+    planned["lora"] = [{"name": "curt", "file": "c.gguf"}, {"name": "tone", "file": "t.gguf"}]
+    value = option(llama_server_argv(planned, **line), "--lora-scaled")
+    assert value == "{release}/adapter-curt/c.gguf:0,{release}/adapter-tone/t.gguf:0"

@@ -9,6 +9,7 @@ import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.model_store import (
     MODELS,
+    adapter_directories,
     model_artifacts,
     remove_variants,
     unreferenced_variants,
@@ -88,3 +89,45 @@ def test_removal_takes_an_emptied_model_along(host: Path) -> None:
 def test_no_other_path_is_ever_deleted(host: Path, path: str) -> None:
     with pytest.raises(FleetfitError, match="is not deleted"):
         remove_variants([path], str(host))
+
+
+ADAPTER = {
+    "name": "tone",
+    "directory": "adapter-tone-0123456789abcdef",
+    "files": [{"name": "tone.gguf", "size": 3, "sha256": "b" * 64}],
+    "source": {"type": "http", "url": "http://models/tone"},
+}
+
+
+def test_adapters_are_brought_beside_the_model_from_their_own_source() -> None:
+    wanted = deployment(adapters=[ADAPTER])
+    sources = [{"type": "http", "url": "http://mirror"}]
+    _, artifact = model_artifacts(wanted, sources=sources, hub=True, endpoint=HUB)
+    assert artifact["dest"] == f"{MODELS}/m/adapter-tone-0123456789abcdef/tone.gguf"
+    assert artifact["sha256"] == "b" * 64
+    assert artifact["sources"] == [
+        {"type": "http", "url": "http://mirror/m/adapter-tone-0123456789abcdef/tone.gguf"},
+        {"type": "http", "url": "http://models/tone/tone.gguf"},
+    ]
+
+
+def test_an_adapter_on_a_hub_that_is_not_asked_has_no_source() -> None:
+    hub = {**ADAPTER, "source": {"type": "hub", "repository": "o/tone", "revision": "c1"}}
+    sources = [{"type": "http", "url": "http://mirror"}]
+    wanted = deployment(adapters=[hub])
+    _, artifact = model_artifacts(wanted, sources=[], hub=True, endpoint=HUB)
+    assert artifact["sources"][0]["repository"] == "o/tone"
+    assert len(model_artifacts(wanted, sources=sources, hub=False, endpoint=HUB)[1]["sources"]) == 1
+
+
+def test_an_adapter_stays_as_long_as_a_release_links_to_it(tmp_path: Path) -> None:
+    links = adapter_directories(deployment(adapters=[ADAPTER]))
+    assert links == {"adapter-tone": f"{MODELS}/m/{ADAPTER['directory']}"}
+    old = f"{MODELS}/m/adapter-tone-fedcba9876543210"
+    for path in (*links.values(), old):
+        (tmp_path / path.lstrip("/")).mkdir(parents=True)
+    release = tmp_path / "opt/fleetfit/llama-server/releases/r1"
+    release.mkdir(parents=True)
+    (release / "adapter-tone").symlink_to(old)
+    assert unreferenced_variants([], root=str(tmp_path)) == list(links.values())
+    assert unreferenced_variants(list(links.values()), root=str(tmp_path)) == []

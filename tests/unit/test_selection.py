@@ -442,3 +442,52 @@ def test_the_72b_is_padded_in_gptq_and_awq_so_that_cards_can_share_it(variant: s
     found = {item.variant.name: item for item in evaluate(request(entry, host, **wanted))}[variant]
     assert found.rejected is None
     assert found.settings["tensor_parallel"] > 1
+
+
+def adapter(
+    adapter_format: str, *, size: int = 40_000_000, base: str = "qwen2.5-7b-instruct"
+) -> dict[str, Any]:
+    names = ["a.gguf"] if adapter_format == "gguf" else ["adapter_config.json", "adapter_model.safetensors"]
+    files = [{"name": name, "size": size, "sha256": "a" * 64} for name in names]
+    return {
+        "name": "tone",
+        "base_model": base,
+        "format": adapter_format,
+        "rank": 12,
+        "files": files,
+        "url": "http://mirror/tone",
+    }
+
+
+def best_of(adapters: list[dict[str, Any]], engine: str) -> Candidate:
+    host = facts(cards("RTX 3090"))
+    wanted = request("qwen2.5-7b-instruct", host, engines=("llama_cpp", "vllm"), lora_adapters=adapters)
+    found = [item for item in evaluate(wanted) if item.engine == engine]
+    return choose(found, "quality") or found[0]
+
+
+def test_adapters_take_memory_and_are_in_the_settings() -> None:
+    for engine, adapter_format in (("llama_cpp", "gguf"), ("vllm", "safetensors")):
+        without, with_one = best_of([], engine), best_of([adapter(adapter_format)], engine)
+        assert with_one.fits
+        assert with_one.variant == without.variant
+        more = with_one.estimate.devices[0].weights - without.estimate.devices[0].weights
+        assert more > 30_000_000
+        assert without.settings["lora" if engine == "llama_cpp" else "lora_modules"] == []
+    assert best_of([adapter("gguf")], "llama_cpp").settings["lora"] == [{"name": "tone", "file": "a.gguf"}]
+    settings = best_of([adapter("safetensors")], "vllm").settings
+    assert (settings["max_loras"], settings["max_lora_rank"], settings["lora_modules"]) == (1, 16, ["tone"])
+
+
+def test_an_adapter_in_another_format_rules_the_engine_out() -> None:
+    for engine, adapter_format in (("llama_cpp", "safetensors"), ("vllm", "gguf")):
+        rejected = best_of([adapter(adapter_format)], engine).rejected
+        assert rejected is not None
+        assert rejected.code == "adapter_format_not_readable"
+        assert best_of([adapter("gguf"), adapter("safetensors")], engine).fits
+
+
+def test_an_adapter_for_another_model_stops_the_plan() -> None:
+    with pytest.raises(FleetfitError, match=r"qwen2\.5-7b-instruct") as caught:
+        best_of([adapter("gguf", base="smollm2-135m-instruct")], "llama_cpp")
+    assert caught.value.code == "lora_for_another_model"
