@@ -7,14 +7,12 @@ completion together tell ready, loading, hung, out of memory, crashed and wrong 
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,8 @@ from urllib.parse import urlsplit
 
 from .errors import FleetfitError
 from .manifest import HostPaths, check_service_name
-from .release import current_digest, read_release, read_settings
+from .memory_account import memory_sentence, planned_memory
+from .release import read_plan, read_release, read_settings
 from .units import GIB, MIB
 
 KINDS = ("llama_cpp", "vllm", "open_webui")
@@ -45,12 +44,17 @@ EXPECT = r"(?i)paris"
 ANSWER_TOKENS = 64
 THINKING_TOKENS = 1024
 LOG_TAIL_LINES = 20
+# Lines in which the cause of a death is looked for: vLLM's processes write a traceback of up to 100 lines each.
+CAUSE_LINES = 400
 # Journal lines read for measurements: a start writes some hundreds, an hour of requests some thousands.
 LOG_LINES = 20_000
+CHAT_PATH = "/v1/chat/completions"
 POLL_S = 0.5
 PROBE_TIMEOUT_S = 5.0
 # Crashes reach the unit's state a moment after the connection broke: how long to look for one.
 CRASH_LOOK_S = 2.0
+# How long the prompt that proves the memory may take to prefill (proof.py); 0: no such prompt.
+PROOF_S = 60.0
 # A log that never stops must not extend the wait for ever.
 MAX_TIMEOUT_FACTOR = 6
 
@@ -68,7 +72,21 @@ _PORT_IN_USE = re.compile(
 )
 # Lines that our own polling makes in the engine's log are not progress.
 _ACCESS_LOG = re.compile(r"(GET|POST) /\S*|log_server_r|done request")
-_LINE_TIME = re.compile(r"^\s*(?:[\d.:,TZ+\-/]+\s+)+")
+# What stands before a line's text and differs each time: vLLM's process, level, time and source line; any time.
+_LINE_HEAD = re.compile(
+    r"^\s*(?:\([^()]*pid=\d+\)\s*)*(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):?\s+)?"
+    r"(?:[\d.:,TZ+\-/]+\s+)*(?:\[[\w.]+:\d+\]\s?)?"
+)
+# The last line of a Python traceback, and the errors of argument parsers and of llama.cpp that say why.
+_SAID_WHY = re.compile(
+    r"^(?:[A-Za-z_][\w.]*(?:Error|Exception)\b(?::.*)?$|\S+: error: |error: |error while loading )"
+    r"|error loading model|GGML_ASSERT\(|CUDA error|error while handling argument"
+)
+# These say that another process of the same engine has said why.
+_SAID_ELSEWHERE = re.compile(
+    r"[Ss]ee (?:root cause|stack trace)|EngineDeadError|Engine process failed|EngineCore encountered an issue"
+    r"|SystemExit|KeyboardInterrupt|exiting due to"
+)
 _BUFFER = re.compile(
     r"(?P<device>\S+)\s+(?P<kind>model|KV|RS|compute|output|LoRA) buffer size\s*=\s*(?P<mib>[0-9.]+) MiB"
 )
@@ -81,7 +99,10 @@ _VLLM_TERMS = (
 
 @dataclass(frozen=True)
 class GateSpec:
-    """What to ask: times in seconds; ``settings`` are the release's, compared with the engine's report."""
+    """What to ask: times in seconds; ``settings`` and ``plan`` are the release's, held against the engine.
+
+    ``proof_s`` is how long the prompt that proves the memory may take to prefill, 0 for no such prompt.
+    """
 
     service: str
     kind: str
@@ -93,7 +114,9 @@ class GateSpec:
     question: str = QUESTION
     expect: Optional[str] = EXPECT
     admin_email: str = ""
+    proof_s: float = PROOF_S
     settings: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def longest_s(self) -> float:
@@ -111,13 +134,18 @@ class GateSpec:
         return urlsplit(self.url).port or 80
 
 
-def parse_gate(service: str, gate: Mapping[str, Any], settings: Mapping[str, Any]) -> GateSpec:
+def parse_gate(
+    service: str,
+    gate: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    plan: Optional[Mapping[str, Any]] = None,
+) -> GateSpec:
     """Return the gate as a checked value; raises FleetfitError that names the field at fault."""
 
     def refuse(message: str, remedy: str) -> FleetfitError:
         return FleetfitError(f"The gate of {service}: {message}", code="bad_gate", remedy=remedy)
 
-    known = {name for name in GateSpec.__dataclass_fields__ if name not in ("service", "settings")}
+    known = {name for name in GateSpec.__dataclass_fields__ if name not in ("service", "settings", "plan")}
     unknown = sorted(set(gate) - known)
     if unknown:
         raise refuse(f"'{unknown[0]}' is not a field.", f"Fields: {', '.join(sorted(known))}.")
@@ -129,11 +157,15 @@ def parse_gate(service: str, gate: Mapping[str, Any], settings: Mapping[str, Any
     if gate["kind"] == "open_webui" and not (gate.get("credential") and gate.get("admin_email")):
         raise refuse("signing in needs 'credential' and 'admin_email'.", "Give both.")
     values = {name: gate[name] for name in gate if gate[name] is not None or name == "expect"}
-    spec = GateSpec(service=check_service_name(service), settings=dict(settings), **values)
+    spec = GateSpec(
+        service=check_service_name(service), settings=dict(settings), plan=dict(plan or {}), **values
+    )
     if spec.timeout_s <= 0 or spec.longest_s < spec.timeout_s:
         raise refuse(
             f"timeout_s {spec.timeout_s} is not usable.", "Use seconds above 0, at most max_timeout_s."
         )
+    if not isinstance(spec.proof_s, (int, float)) or spec.proof_s < 0:
+        raise refuse(f"proof_s {spec.proof_s!r} is not usable.", "Use seconds, 0 for no proof.")
     if spec.expect:
         try:
             re.compile(spec.expect)
@@ -268,17 +300,35 @@ def classify(lines: Sequence[str], unit: UnitState) -> tuple[str, str]:
                 return state, line.strip()
     if unit.result == "oom-kill":
         return "out_of_memory", "the kernel killed it for memory"
+    ended = f"result {unit.result}" + (f", {unit.exit_code}" if unit.exit_code else "")
     for line in reversed(lines):
         if re.search(r"Main process exited|Failed at step|Failed to (load|run|set up)", line):
-            return "crashed", line.strip()
-    return "crashed", f"result {unit.result}" + (f", {unit.exit_code}" if unit.exit_code else "")
+            ended = line.strip()
+            break
+    why = said_why(lines)
+    return "crashed", f"{why} ({ended})" if why else ended
+
+
+def said_why(lines: Sequence[str]) -> str:
+    """Return the last line in which the engine itself said why it died, an empty text if it did not.
+
+    vLLM's processes die one after another, and all but the first say only that another one died: their lines
+    do not count.
+    """
+    for position in range(len(lines) - 1, -1, -1):
+        text = _LINE_HEAD.sub("", lines[position]).rstrip()
+        if _SAID_WHY.search(text) and not _SAID_ELSEWHERE.search(text):
+            if text.endswith(":") or "validation error" in text:  # pydantic says what is wrong a line below
+                text += " " + " ".join(_LINE_HEAD.sub("", line).strip() for line in lines[position + 1 :][:2])
+            return text.strip()
+    return ""
 
 
 def is_progress(line: str) -> str:
     """Return what identifies ``line`` as a new step of the engine, or an empty text for one that is none."""
     if _ACCESS_LOG.search(line):
         return ""
-    return _LINE_TIME.sub("", line).strip()
+    return _LINE_HEAD.sub("", line).strip()
 
 
 def listener_inodes(port: int, tables: Sequence[str]) -> set[str]:
@@ -334,13 +384,14 @@ def foreign_listener(port: int, control_group: str) -> Optional[str]:
     return None
 
 
-class _RefusedError(Exception):
-    """The engine answered, and what it said is final: (state, message)."""
+class RefusedError(Exception):
+    """The engine answered, and what it said is final: (state, message), and the HTTP status if that was it."""
 
-    def __init__(self, state: str, message: str) -> None:
+    def __init__(self, state: str, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.state = state
         self.message = message
+        self.status = status
 
 
 @dataclass
@@ -392,29 +443,31 @@ class Talk:
         status, data = self.call(method, path, body, token=token, timeout_s=timeout_s)
         excerpt = " ".join(data[:300].decode("utf-8", "replace").split())
         if status in (401, 403):
-            raise _RefusedError("refused", f"{path} refused the credential (HTTP {status}: {excerpt})")
+            raise RefusedError("refused", f"{path} refused the credential (HTTP {status}: {excerpt})")
         if status != 200:
-            raise _RefusedError("wrong_answer", f"{path} answered HTTP {status}: {excerpt}")
+            raise RefusedError("wrong_answer", f"{path} answered HTTP {status}: {excerpt}", status)
         try:
             document = json.loads(data)
         except ValueError as error:
-            raise _RefusedError("wrong_answer", f"{path} did not answer JSON: {excerpt}") from error
+            raise RefusedError("wrong_answer", f"{path} did not answer JSON: {excerpt}") from error
         if not isinstance(document, dict):
-            raise _RefusedError("wrong_answer", f"{path} did not answer a JSON object: {excerpt}")
+            raise RefusedError("wrong_answer", f"{path} did not answer a JSON object: {excerpt}")
         return document
 
     def stream(
         self, path: str, body: Mapping[str, Any], *, token: str, timeout_s: float
     ) -> Iterator[dict[str, Any]]:
-        """Yield the events of a streamed completion."""
+        """Yield the events of a streamed completion; raises socket.timeout after ``timeout_s`` in all."""
+        end = time.monotonic() + timeout_s
         connection, response = self._open("POST", path, body, token, timeout_s)
         try:
             if response.status != 200:
                 excerpt = " ".join(response.read(300).decode("utf-8", "replace").split())
-                raise _RefusedError(
-                    "wrong_answer", f"{path} (streamed) answered HTTP {response.status}: {excerpt}"
-                )
+                message = f"{path} (streamed) answered HTTP {response.status}: {excerpt}"
+                raise RefusedError("wrong_answer", message, response.status)
             for raw in response:
+                if time.monotonic() > end:  # a server may send comments while its engine hangs
+                    raise socket.timeout(f"no end after {timeout_s:.0f} s")
                 line = raw.decode("utf-8", "replace").strip()
                 if not line.startswith("data:"):
                     continue
@@ -424,7 +477,7 @@ class Talk:
                 try:
                     event = json.loads(payload)
                 except ValueError as error:
-                    raise _RefusedError(
+                    raise RefusedError(
                         "wrong_answer", f"{path} streamed what is not JSON: {payload[:200]}"
                     ) from error
                 if isinstance(event, dict):
@@ -490,6 +543,55 @@ def read_credential(path: Optional[str]) -> str:
         ) from error
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A streamed completion: seconds from the request on, tokens as the engine counts them, None if it does not.
+
+    ``first_s`` is None where no text came.
+    """
+
+    first_s: Optional[float]
+    seconds: float
+    prompt_tokens: Optional[int]
+    completion_tokens: Optional[int]
+    prefill_tokens_per_s: Optional[float]
+    tokens_per_s: Optional[float]
+
+
+def _number(document: Any, name: str) -> Optional[float]:
+    value = document.get(name) if isinstance(document, Mapping) else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def read_stream(talk: Talk, path: str, body: Mapping[str, Any], *, token: str, timeout_s: float) -> Streamed:
+    """Ask for a streamed completion with the engine's own counts and return its times and tokens."""
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    begun = time.monotonic()
+    first: Optional[float] = None
+    last = begun
+    pieces = 0
+    usage: Any = None
+    timings: Any = None  # llama-server's own measurement
+    for event in talk.stream(path, body, token=token, timeout_s=timeout_s):
+        if _delta_text(event):
+            last = time.monotonic()
+            pieces += 1
+            first = last if first is None else first
+        usage = event.get("usage") or usage
+        timings = event.get("timings") or timings
+    prompt, completion = _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")
+    counted = (completion or pieces) - 1
+    speed = counted / (last - first) if first is not None and counted > 0 and last > first else None
+    return Streamed(
+        first_s=None if first is None else first - begun,
+        seconds=time.monotonic() - begun,
+        prompt_tokens=None if prompt is None else int(prompt),
+        completion_tokens=None if completion is None else int(completion),
+        prefill_tokens_per_s=_number(timings, "prompt_per_second"),
+        tokens_per_s=_number(timings, "predicted_per_second") or speed,
+    )
+
+
 class Gate:
     """One wait for readiness; ``wait()`` returns the gate result of docs/contracts.md section 7."""
 
@@ -499,42 +601,48 @@ class Gate:
         self.since = since
         self.restarts = restarts
         self.key = ""
+        self.limit_s = spec.timeout_s
         self.seen: set[str] = set()
         self.health = "no answer yet"
 
     def wait(self) -> dict[str, Any]:
         """Wait until the service is ready, has failed for good, or the deadline has passed."""
-        self.key = read_credential(self.spec.credential)
+        self.prepare()
         begun = time.monotonic()
         deadline = begun + self.spec.timeout_s
         last_resort = begun + self.spec.longest_s
-        if self.restarts is None:
-            self.restarts = read_unit(self.spec.service).n_restarts
         while True:
             problem = self._process_problem()
             if problem:
-                return self._failed(*problem)
+                return self.failed(*problem)
             if self._healthy():
                 return self._converse()
             now = time.monotonic()
             if self._made_progress():
                 deadline = now + self.spec.timeout_s
             if now >= last_resort:
-                return self._failed(
+                return self.failed(
                     "loading",
                     f"still loading after {now - begun:.0f} s, and its log still moves ({self.health})",
                 )
             if now >= deadline:
-                return self._failed(
+                return self.failed(
                     "hung", f"nothing new in its log for {self.spec.timeout_s:.0f} s ({self.health})"
                 )
             time.sleep(POLL_S)
 
-    def _log(self) -> list[str]:
+    def prepare(self) -> None:
+        """Read the credential, and what the unit has behind it."""
+        self.key = read_credential(self.spec.credential)
+        if self.restarts is None:
+            self.restarts = read_unit(self.spec.service).n_restarts
+
+    def log(self) -> list[str]:
+        """Return the unit's journal since the start that is looked at, without the credential."""
         return redact(read_log(self.spec.service, self.since), [self.key] if self.key else [])
 
     def _made_progress(self) -> bool:
-        steps = {step for step in map(is_progress, self._log()) if step}
+        steps = {step for step in map(is_progress, self.log()) if step}
         new = steps - self.seen
         self.seen |= new
         return bool(new)
@@ -552,7 +660,7 @@ class Gate:
         )
         if crashed:
             time.sleep(POLL_S)  # the journal gets the process's last lines a moment later
-            state, cause = classify(self._log()[-200:], unit)
+            state, cause = classify(self.log()[-CAUSE_LINES:], unit)
             if state == "crashed" and unit.active == "inactive" and unit.result == "success":
                 return state, "the unit is not running"
             return state, cause
@@ -574,39 +682,50 @@ class Gate:
 
     def _converse(self) -> dict[str, Any]:
         talk = Talk(self.spec, self.key)
-        try:
+
+        def ask() -> dict[str, Any]:
             if self.spec.kind == "llama_cpp" and self.spec.settings:
                 props = talk.ask_json("GET", "/props", None, token=self.key, timeout_s=PROBE_TIMEOUT_S)
                 difference = check_props(props, self.spec.settings)
                 if difference:
-                    raise _RefusedError("wrong_settings", difference)
-            token, path = self.key, "/v1/chat/completions"
+                    raise RefusedError("wrong_settings", difference)
+            token, path = self.key, CHAT_PATH
             if self.spec.kind == "open_webui":
                 token, path = self._sign_in(talk), "/api/chat/completions"
             answer = self._answer(talk, path, token)
             first_token_s, tokens_per_s = self._stream(talk, path, token)
-        except _RefusedError as refusal:
+            return {
+                "ok": True,
+                "state": "ready",
+                "message": f"{self.spec.service} answered in {first_token_s:.2f} s",
+                "answer": self.hide(answer),
+                "first_token_s": round(first_token_s, 3),
+                "tokens_per_s": round(tokens_per_s, 2) if tokens_per_s else None,
+                "measured": measured_memory(self.log()),
+                "log_tail": [],
+            }
+
+        return self.attempt(ask, "a short completion")
+
+    def attempt(self, ask: Callable[[], dict[str, Any]], what: str) -> dict[str, Any]:
+        """Return what ``ask()`` returns, or the failure that its exception and the unit together mean."""
+        try:
+            result = ask()
+        except RefusedError as refusal:
             # What looks like a wrong answer may be the last breath of a process that is dying.
-            return self._failed(*(self._late_crash() or (refusal.state, refusal.message)))
+            return self.failed(*(self._late_crash() or (refusal.state, refusal.message)))
         except socket.timeout:
-            message = f"it did not finish a short completion in {self.spec.timeout_s:.0f} s"
-            return self._failed(*(self._late_crash() or ("hung", message)))
+            message = f"it did not finish {what} in {self.limit_s:.0f} s"
+            return self.failed(*(self._late_crash() or ("hung", message)))
         except (OSError, http.client.HTTPException) as error:
-            message = f"the connection broke during the first completion ({type(error).__name__})"
-            return self._failed(*(self._late_crash() or ("wrong_answer", message)))
+            message = f"the connection broke during {what} ({type(error).__name__})"
+            return self.failed(*(self._late_crash() or ("wrong_answer", message)))
         problem = self._process_problem()
-        if problem:
-            return self._failed(*problem)
-        return {
-            "ok": True,
-            "state": "ready",
-            "message": f"{self.spec.service} answered in {first_token_s:.2f} s",
-            "answer": redact([answer], [self.key] if self.key else [])[0],
-            "first_token_s": round(first_token_s, 3),
-            "tokens_per_s": round(tokens_per_s, 2) if tokens_per_s else None,
-            "measured": measured_memory(self._log()),
-            "log_tail": [],
-        }
+        return self.failed(*problem) if problem else result
+
+    def hide(self, text: str) -> str:
+        """Return ``text`` without the credential."""
+        return redact([text], [self.key] if self.key else [])[0]
 
     def _late_crash(self) -> Optional[tuple[str, str]]:
         end = time.monotonic() + CRASH_LOOK_S
@@ -627,7 +746,7 @@ class Gate:
         )
         token = document.get("token")
         if not isinstance(token, str) or not token:
-            raise _RefusedError("wrong_answer", "signing in gave no token")
+            raise RefusedError("wrong_answer", "signing in gave no token")
         return token
 
     def _body(self, max_tokens: int) -> dict[str, Any]:
@@ -650,47 +769,38 @@ class Gate:
             if not reasoning:
                 break
         if not (content or reasoning).strip():
-            raise _RefusedError("wrong_answer", "the completion is empty")
-        raise _RefusedError(
+            raise RefusedError("wrong_answer", "the completion is empty")
+        raise RefusedError(
             "wrong_answer", f"asked '{self.spec.question}' it said: {(content or reasoning)[:200]!r}"
         )
 
     def _stream(self, talk: Talk, path: str, token: str) -> tuple[float, Optional[float]]:
         """Return the seconds to the first token and the tokens per second after it."""
-        body = {**self._body(ANSWER_TOKENS), "stream": True, "stream_options": {"include_usage": True}}
-        begun = time.monotonic()
-        first: Optional[float] = None
-        last = begun
-        pieces = 0
-        tokens: Optional[int] = None
-        reported: Optional[float] = None
-        for event in talk.stream(path, body, token=token, timeout_s=self.spec.timeout_s):
-            if _delta_text(event):
-                last = time.monotonic()
-                pieces += 1
-                first = last if first is None else first
-            usage, timings = event.get("usage"), event.get("timings")
-            if isinstance(usage, Mapping) and isinstance(usage.get("completion_tokens"), int):
-                tokens = usage["completion_tokens"]
-            if isinstance(timings, Mapping) and isinstance(timings.get("predicted_per_second"), (int, float)):
-                reported = float(timings["predicted_per_second"])
-        if first is None:
-            raise _RefusedError("wrong_answer", "the streamed completion is empty")
-        counted = (tokens or pieces) - 1
-        speed = counted / (last - first) if counted > 0 and last > first else None
-        return first - begun, reported or speed
+        streamed = read_stream(
+            talk, path, self._body(ANSWER_TOKENS), token=token, timeout_s=self.spec.timeout_s
+        )
+        if streamed.first_s is None:
+            raise RefusedError("wrong_answer", "the streamed completion is empty")
+        return streamed.first_s, streamed.tokens_per_s
 
-    def _failed(self, state: str, message: str) -> dict[str, Any]:
-        return {
+    def failed(self, state: str, message: str) -> dict[str, Any]:
+        """Return the result of a gate that was not passed; out of memory with the plan's terms beside."""
+        log = self.log()
+        measured = measured_memory(log)
+        sentence = memory_sentence(self.spec.plan, measured) if state == "out_of_memory" else ""
+        result = {
             "ok": False,
             "state": state,
-            "message": redact([message], [self.key] if self.key else [])[0],
+            "message": self.hide(message) + (f". {sentence}" if sentence else ""),
             "answer": None,
             "first_token_s": None,
             "tokens_per_s": None,
-            "measured": measured_memory(self._log()),
-            "log_tail": self._log()[-LOG_TAIL_LINES:],
+            "measured": measured,
+            "log_tail": log[-LOG_TAIL_LINES:],
         }
+        if state == "out_of_memory":
+            result["planned"] = planned_memory(self.spec.plan)
+        return result
 
 
 def wait_ready(
@@ -717,32 +827,8 @@ def wait_ready(
 def gate_of_release(paths: HostPaths, service: str, digest: str) -> GateSpec:
     """Return the gate that a release was written with."""
     return parse_gate(
-        service, read_release(paths, service, digest)["gate"], read_settings(paths, service, digest)
+        service,
+        read_release(paths, service, digest)["gate"],
+        read_settings(paths, service, digest),
+        read_plan(paths, service, digest),
     )
-
-
-def main(argv: Sequence[str], write: Optional[Callable[[str], Any]] = None) -> int:
-    """Run ``ready``: ask a service now and print the gate result; exit code 0 ready, 1 not, 2 cannot ask."""
-    parser = argparse.ArgumentParser(
-        prog="fleetfit-host.pyz ready", description="Ask a service whether it serves."
-    )
-    parser.add_argument("--service", required=True, help="the unit's name without .service")
-    parser.add_argument("--timeout-s", type=float, help="wait at most this long without progress")
-    parser.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    options = parser.parse_args(list(argv))
-    paths = HostPaths()
-    digest = current_digest(paths, check_service_name(options.service))
-    if digest is None:
-        raise FleetfitError(
-            f"{options.service} has no current release.",
-            code="no_release",
-            remedy="Run the service's role.",
-        )
-    gate = dict(read_release(paths, options.service, digest)["gate"])
-    if options.timeout_s:
-        gate.update(timeout_s=options.timeout_s, max_timeout_s=None)
-    spec = parse_gate(options.service, gate, read_settings(paths, options.service, digest))
-    result = {**wait_ready(spec), "release": digest}
-    text = json.dumps(result, sort_keys=True) if options.json else f"{result['state']}: {result['message']}"
-    (write or sys.stdout.write)(text + "\n")
-    return 0 if result["ok"] else 1

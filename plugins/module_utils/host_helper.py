@@ -19,7 +19,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "download": ("download_job", "main"),
     "switch": ("switch", "main_switch"),
     "recover": ("switch", "main_recover"),
-    "ready": ("gate", "main"),
+    "ready": ("ready", "main"),
     "check-devices": ("check_devices", "main"),
 }
 USAGE = f"usage: fleetfit-host.pyz --version | {{{','.join(SUBCOMMANDS)}}} [argument …]"

@@ -317,6 +317,16 @@ def read_settings(paths: HostPaths, service: str, digest: str) -> dict[str, Any]
         return {}
 
 
+def read_plan(paths: HostPaths, service: str, digest: str) -> dict[str, Any]:
+    """Return the plan that a release was written with, empty where it has none or it cannot be read."""
+    try:
+        with open(os.path.join(paths.releases(service), digest, "plan.json"), encoding="utf-8") as stream:
+            document = json.load(stream)
+    except (OSError, ValueError):
+        return {}  # it is shown beside failures, and decides nothing
+    return document if isinstance(document, dict) else {}
+
+
 def current_digest(paths: HostPaths, service: str) -> Optional[str]:
     """Return the digest that ``current`` points to, or None where there is no such link."""
     target = _read_link(paths.current(service))

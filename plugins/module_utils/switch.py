@@ -24,8 +24,9 @@ from typing import Any, Callable, Optional
 
 from . import backup as backups
 from .errors import FleetfitError
-from .gate import parse_gate, read_unit, wait_ready
+from .gate import GateSpec, gate_of_release, parse_gate, read_unit, wait_ready
 from .manifest import HostPaths, check_service_name, write_atomic
+from .proof import is_due, prove
 from .release import (
     collect_garbage,
     current_digest,
@@ -45,7 +46,7 @@ HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
 # reverted: the old release serves again (or, at a first install, nothing does, as before).
 # failed: the gate failed and there was nothing to go back to that serves.
 FINAL_STATES = ("committed", "refused", "reverted", "failed")
-FORWARD_STEPS = ("precheck", "stop", "backup", "flip", "start", "gate", "record")
+FORWARD_STEPS = ("precheck", "stop", "backup", "flip", "start", "gate", "prove", "record")
 REVERT_STEPS = ("revert_stop", "revert_flip", "revert_backup", "revert_start", "revert_gate")
 PRECHECK_TIMEOUT_S = 600
 # Longer than any unit's TimeoutStopSec that our roles set; systemd kills the engine at that.
@@ -108,13 +109,19 @@ def read_journal(paths: HostPaths, service: str) -> Optional[dict[str, Any]]:
 
 
 def read_good(paths: HostPaths, service: str) -> dict[str, Any]:
-    """Return the record of good starts: ``digest``, ``restart_on``, ``history`` (newest first), ``gate``."""
-    return _read_json(good_path(paths, service)) or {
+    """Return the record of good starts: ``digest``, ``restart_on``, ``history`` (newest first), ``gate``.
+
+    Also ``proofs`` (digest → how its memory was proven) and ``last_start`` (seconds, see _remember).
+    """
+    return {
         "schema_version": SCHEMA_VERSION,
         "digest": None,
         "restart_on": {},
         "history": [],
         "gate": None,
+        "proofs": {},
+        "last_start": None,
+        **(_read_json(good_path(paths, service)) or {}),
     }
 
 
@@ -204,7 +211,8 @@ def decide_recovery(journal: Mapping[str, Any]) -> str:
     if step == "precheck":
         return "refuse"
     gate = journal["gate"]
-    if step in ("gate", "record") and gate and gate["ok"]:
+    # A release whose memory was not proven yet is not good: what cut it short may have been that.
+    if step in ("gate", "prove", "record") and gate and gate["ok"] and not gate.get("proof_due"):
         return "complete"
     if journal["kind"] == "restart":
         return "again"
@@ -455,24 +463,22 @@ class Transaction:
             self._do("backup", lambda: {"backup": self._back_up(release["backup"])})
         self._do("flip", lambda: self._flip(self.journal["to"]))
         self._do("start", self._start)
-        self._do("gate", lambda: {"gate": self._gate(self.journal["to"])})
-        gate = self.journal["gate"]
-        if gate["ok"]:
+        cause = self._judge()
+        if cause is None:
             self._record()
         else:
-            self.journal["cause"] = {"step": "gate", "state": gate["state"], "message": gate["message"]}
+            self.journal["cause"] = cause
             self._revert()
 
     def _restart(self) -> None:
         """Restart the same release; where its gate fails there is no other release to go back to."""
         self._do("stop", self._stop)
         self._do("start", self._start)
-        self._do("gate", lambda: {"gate": self._gate(self.journal["to"])})
-        gate = self.journal["gate"]
-        if gate["ok"]:
+        cause = self._judge()
+        if cause is None:
             self._record()
         else:
-            self._end("failed", {"step": "gate", "state": gate["state"], "message": gate["message"]})
+            self._end("failed", cause)
 
     def _back_up(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         return backups.back_up(self.paths, self.service, spec, self.journal["from"], self.journal["id"])
@@ -502,10 +508,29 @@ class Transaction:
         _systemctl("start", "--no-block", f"{self.service}.service")
         return {"hashes": hashes, "started_at": started_at}
 
-    def _gate(self, digest: str) -> dict[str, Any]:
-        release = read_release(self.paths, self.service, digest)
-        spec = parse_gate(self.service, release["gate"], read_settings(self.paths, self.service, digest))
-        return wait_ready(spec, since=self.journal["started_at"], restarts=0)
+    def _judge(self) -> Optional[dict[str, Any]]:
+        """Gate the new release and, once per release, prove its memory; return the cause of a failure."""
+        digest = self.journal["to"]
+        spec = gate_of_release(self.paths, self.service, digest)
+        known = read_good(self.paths, self.service)["proofs"].get(digest)
+        due = is_due(spec, known)
+        self._do("gate", lambda: {"gate": self._gate(spec, known, due=due)})
+        if self.journal["gate"].get("proof_due"):
+            self._do("prove", lambda: {"gate": self._prove(spec)})
+        gate = self.journal["gate"]
+        if gate["ok"]:
+            return None
+        return {"step": self.journal["step"], "state": gate["state"], "message": gate["message"]}
+
+    def _gate(self, spec: GateSpec, proof: Any, *, due: bool = False) -> dict[str, Any]:
+        gate = wait_ready(spec, since=self.journal["started_at"], restarts=0)
+        ready_s = round(time.time() - self.journal["started_at"], 2)
+        return {**gate, "ready_s": ready_s, "proof": proof, "proof_due": due and gate["ok"]}
+
+    def _prove(self, spec: GateSpec) -> dict[str, Any]:
+        ready = self.journal["gate"]
+        gate = prove(spec, ready, since=self.journal["started_at"], restarts=0)
+        return {**gate, "ready_s": ready["ready_s"], "proof_due": False}
 
     def _record(self) -> None:
         self._do("record", lambda: self._remember(self.journal["to"], self.journal["gate"]))
@@ -514,6 +539,10 @@ class Transaction:
     def _remember(self, digest: str, gate: Mapping[str, Any]) -> None:
         good = read_good(self.paths, self.service)
         history = [digest, *[old for old in good["history"] if old != digest]]
+        # Of releases that are gone nothing needs to be known.
+        proofs = {old: proof for old, proof in good["proofs"].items() if old in history[:50]}
+        if gate.get("proof"):
+            proofs[digest] = dict(gate["proof"])
         _write_json(
             good_path(self.paths, self.service),
             {
@@ -522,9 +551,20 @@ class Transaction:
                 "restart_on": self.journal["hashes"],
                 "history": history[:50],
                 "gate": dict(gate),
+                "proofs": proofs,
+                "last_start": {"digest": digest, "ready_s": gate.get("ready_s"), "stop_s": self._stop_s()},
                 "recorded_at": time.time(),
             },
         )
+
+    def _stop_s(self) -> Optional[float]:
+        """Return the seconds from the last stop to the start after it, what lies between included."""
+        begun: Optional[float] = None
+        for step in self.journal["steps"]:
+            if step["step"] in ("stop", "revert_stop"):
+                begun = step["at"]
+        started_at = self.journal["started_at"]
+        return round(started_at - begun, 2) if begun is not None and started_at else None
 
     def _take_back(self) -> None:
         """Stop the new release and point ``current`` to the old one; each part may be done twice."""
@@ -547,7 +587,10 @@ class Transaction:
             self._end("reverted")
             return
         self._do("revert_start", self._start)
-        self._do("revert_gate", lambda: {"revert_gate": self._gate(previous)})
+        # It was good before: its outage is not made longer by proving it again.
+        spec = gate_of_release(self.paths, self.service, previous)
+        known = read_good(self.paths, self.service)["proofs"].get(previous)
+        self._do("revert_gate", lambda: {"revert_gate": self._gate(spec, known)})
         gate = self.journal["revert_gate"]
         if gate["ok"]:
             # It was started with the files as they are now: the next run need not do so again.

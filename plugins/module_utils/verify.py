@@ -15,7 +15,10 @@ from typing import Any, Optional
 from .errors import FleetfitError
 from .gate import GateSpec, Talk, gate_of_release, read_credential, wait_ready
 from .manifest import HostPaths, read_manifest
+from .memory_account import run_terms
+from .proof import proof_text
 from .release import current_digest, read_settings
+from .switch import read_good
 from .units import format_size
 
 SCHEMA_VERSION = 1
@@ -78,14 +81,6 @@ _TERMS = {
 }
 
 
-def _predicted_devices(deployment: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
-    """Return (devices, host) that the engine was really started for."""
-    mapping = deployment.get("cpu_mapping")
-    if mapping:
-        return [], mapping.get("host") or mapping.get("memory_bytes") or {}
-    return list(deployment.get("devices") or []), deployment.get("host") or {}
-
-
 def _sum_terms(parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     terms = dict.fromkeys(_TERMS, 0)
     for part in parts:
@@ -102,7 +97,7 @@ def compare_memory(deployment: Mapping[str, Any], measured: Mapping[str, Any]) -
     minus 1, of the terms that the engine logs; ``ok`` says whether they stay within what was set aside for
     the engine: total without margin.
     """
-    devices, host = _predicted_devices(deployment)
+    devices, host = run_terms(deployment)
     on_gpu = {
         name: terms for name, terms in measured.items() if name.startswith("CUDA") and name[4:].isdecimal()
     }
@@ -297,6 +292,7 @@ def _report(
         "expected_tokens_per_s": deployment.get("expected_tokens_per_s"),
         "roofline_tokens_per_s": deployment.get("roofline_tokens_per_s"),
         "memory": engine.get("memory", []),
+        "proof": engine.get("proof"),
         "services": dict(services),
         "checks": [dataclasses.asdict(check) for check in checks],
     }
@@ -347,6 +343,9 @@ def _verify_service(
     if section != "open_webui":
         report.update(_ask_engine(spec, key, section, service, deployment, checks))
         report["settings"] = read_settings(paths, service, digest)
+        report["proof"] = _recorded_proof(paths, service, digest)
+        # A release that was good before there were proofs is not bad: it is said, and proven at its next start.
+        checks.append(Check(service, "memory holds a long prompt", True, proof_text(report["proof"])))
         report["memory"] = compare_memory(deployment, result["measured"])
         checks.append(check_memory(service, report["memory"]))
     return report
@@ -365,6 +364,14 @@ def _ask_engine(
     identity = engine_identity(props, _get_json(talk, "/v1/models", key))
     checks.append(check_identity(service, identity, deployment))
     return {"says": identity}
+
+
+def _recorded_proof(paths: HostPaths, service: str, digest: str) -> Optional[dict[str, Any]]:
+    try:
+        proof = read_good(paths, service)["proofs"].get(digest)
+    except (FleetfitError, OSError):
+        return None
+    return dict(proof) if proof else None
 
 
 def _short(text: Any, length: int = 80) -> str:

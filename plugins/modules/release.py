@@ -82,6 +82,9 @@ options:
       - C(kind) is V(llama_cpp), V(vllm) or V(open_webui); C(url); C(credential), a file; C(model), the name that
         is served; C(timeout_s), seconds without progress; C(max_timeout_s), seconds in all, six times
         C(timeout_s) by default; C(question) and C(expect), a regular expression or null; C(admin_email).
+      - C(proof_s), 60 by default, is how long the prompt may take to prefill that an engine is asked once per
+        release, to prove its memory. It is as long as the context, or shorter, which the result then says; 0
+        asks for none.
     type: dict
     required: true
   backup:
@@ -244,6 +247,11 @@ def failure(journal):
     remedy = f"Read gate.log_tail below, or journalctl -u {service} on the host, and run the role again."
     if state == "port_in_use":
         remedy = "Stop what holds the port, or give the service another one, and run the role again."
+    if state == "out_of_memory":
+        remedy = (
+            "Free what other programs hold of that memory, or plan for less (fleetfit_slots,"
+            " fleetfit_min_context_tokens, a smaller variant). The same arguments were not tried again with others."
+        )
     if journal["state"] == "reverted":
         serves = f"{journal['from']} serves again." if journal["from"] else "Nothing was running before it."
         return f"{what} {serves}", "gate_failed", remedy

@@ -126,12 +126,17 @@ def run_verify(
 
 
 def memory_text(report: Mapping[str, Any]) -> str:
-    """Return predicted and measured bytes of a report for the table, a line for each device."""
-    rows = report.get("memory") or []
-    return "\n".join(
+    """Return predicted and measured bytes of a report, a line for each device, and the prompt that proved it."""
+    lines = [
         f"{row['device']}: {format_size(row['predicted_bytes'])} / {format_size(row['measured_bytes'])}"
-        for row in rows
-    )
+        for row in report.get("memory") or []
+    ]
+    proof = report.get("proof")
+    if proof:
+        slots = f"{proof['slots']} x " if proof["slots"] > 1 else ""
+        short = ", shortened" if proof["shortened"] else ""
+        lines.append(f"proven: {slots}{proof['prompt_tokens']:,} of {proof['of_tokens']:,} tokens{short}")
+    return "\n".join(lines)
 
 
 def page_text(report: Mapping[str, Any]) -> str:

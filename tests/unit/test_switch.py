@@ -15,6 +15,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.manifest import HostP
 MIB = 2**20
 OK = {"ok": True}
 NOT_OK = {"ok": False}
+UNPROVEN = {"ok": True, "proof_due": True}
 
 DECISIONS = [
     ("requested", "switch", None, "run"),
@@ -27,11 +28,16 @@ DECISIONS = [
     ("gate", "switch", None, "revert"),
     ("gate", "switch", NOT_OK, "revert"),
     ("gate", "switch", OK, "complete"),
+    ("gate", "switch", UNPROVEN, "revert"),
+    ("prove", "switch", UNPROVEN, "revert"),
+    ("prove", "switch", NOT_OK, "revert"),
+    ("prove", "switch", OK, "complete"),
     ("record", "switch", OK, "complete"),
     ("revert_flip", "switch", NOT_OK, "revert"),
     ("revert_gate", "switch", None, "revert"),
     ("stop", "restart", None, "again"),
     ("gate", "restart", NOT_OK, "again"),
+    ("prove", "restart", UNPROVEN, "again"),
     ("gate", "restart", OK, "complete"),
 ]
 

@@ -19,6 +19,8 @@ parser.add_argument("--load-s", type=float, default=0)
 parser.add_argument("--name", default="model-a")
 parser.add_argument("--echo", default="")
 parser.add_argument("--state", default="")
+parser.add_argument("--prefill-per-s", type=float, default=1e6)
+parser.add_argument("--prompts", default="")  # a file to which the length of each prompt is written
 options = parser.parse_args()
 
 with open(options.api_key_file) as stream:
@@ -68,6 +70,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             os._exit(134)
         if options.mode == "hangs":
             time.sleep(600)
+        # Words are tokens, and the chat template is seven of them.
+        tokens = 7 + sum(len(message["content"].split()) for message in body["messages"])
+        if options.prompts:
+            with open(options.prompts, "a") as stream:
+                stream.write(f"{tokens}\n")
+        long = tokens > options.n_ctx // 2
+        if tokens + body["max_tokens"] > options.n_ctx or (long and options.mode == "long_refused"):
+            self.answer(400, {"error": {"type": "exceed_context_size_error", "n_prompt_tokens": tokens}})
+            return
+        if long and options.mode == "long_oom":
+            log(
+                "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 512.00 MiB on device 0: out of memory"
+            )
+            os._exit(1)
+        if long and options.mode == "long_hang":
+            time.sleep(600)
+        if long and options.mode == "long_cut":
+            tokens = options.n_ctx // 2
+        time.sleep(tokens / options.prefill_per_s)
         text = (
             "Berlin"
             if options.mode == "wrong"
@@ -86,7 +107,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             event = {"choices": [{"delta": {"content": word + " "}}]}
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
             time.sleep(0.01)
-        usage = {"choices": [], "usage": {"completion_tokens": len(text.split())}}
+        usage = {
+            "choices": [],
+            "usage": {"prompt_tokens": tokens, "completion_tokens": len(text.split())},
+            "timings": {"prompt_per_second": options.prefill_per_s},
+        }
         self.wfile.write(f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
 
 
