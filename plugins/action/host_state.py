@@ -15,7 +15,10 @@ class ActionModule(ProbeAction):
     TELLS_TIME = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Probe, and keep of the last plan what the next one needs as the fact fleetfit_previous_plan."""
+        """Probe; keep what the next plan needs of the last one, and how long the services took to start.
+
+        These are the facts fleetfit_previous_plan and fleetfit_last_start.
+        """
         result = super().run(tmp, task_vars)
         if "ansible_facts" in result:
             sections = (result.get("manifest") or {}).get("sections") or {}
@@ -26,4 +29,9 @@ class ActionModule(ProbeAction):
                 previous_of(last) if known or not last else {"schema_version": last.get("schema_version")}
             )
             result["ansible_facts"]["fleetfit_previous_plan"] = previous
+            result["ansible_facts"]["fleetfit_last_start"] = {
+                name: service.get("last_start") or {}
+                for name, service in (result.get("services") or {}).items()
+                if service.get("release")
+            }
         return result

@@ -24,12 +24,13 @@ class ActionModule(ActionBase):
         result: dict[str, Any] = super().run(tmp, task_vars)
         _, arguments = self.validate_argument_spec({"candidates": {"type": "bool", "default": False}})
         variables = task_vars or {}
-        hosts = {}
+        hosts, starts = {}, {}
         for host in variables["ansible_play_hosts_all"]:
             # The facts alone: templating all variables of all hosts would cost minutes in a large fleet.
             facts = variables["hostvars"].raw_get(host).get("ansible_facts") or {}
             hosts[host] = (facts.get("fleetfit"), facts.get("fleetfit_plan"))
-        text = plan_text(hosts, candidates=arguments["candidates"])
+            starts[host] = facts.get("fleetfit_last_start")
+        text = plan_text(hosts, candidates=arguments["candidates"], last_starts=starts)
         display.display(f"\n{text}\n")
         result.update(changed=False, table=text)
         return result

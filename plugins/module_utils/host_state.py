@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any, Optional
 
@@ -55,13 +56,17 @@ def host_state(
 
 
 def services(probe: ProbeRoot, run: Runner) -> dict[str, dict[str, Any]]:
-    """Return our services: ``active`` (systemd's word), the current ``release``'s digest, ``unit_file``."""
+    """Return our services: ``active`` (systemd's word), the current ``release``'s digest, ``unit_file``.
+
+    Also ``last_start``, where it is known: how many seconds its last good start took (switch.py).
+    """
     states = _active_states(run)
     return {
         service: {
             "active": states.get(f"{service}.service", "unknown"),
             "release": _release(probe, service),
             "unit_file": probe.exists(f"/etc/systemd/system/{service}.service"),
+            **_last_start(probe, service),
         }
         for service in SERVICES
     }
@@ -92,6 +97,16 @@ def _release(probe: ProbeRoot, service: str) -> Optional[str]:
         return None
     folder, _slash, digest = target.rstrip("/").rpartition("/")
     return digest if folder == "releases" or folder.endswith("/releases") else None
+
+
+def _last_start(probe: ProbeRoot, service: str) -> dict[str, Any]:
+    try:
+        with open(probe.path(f"/var/lib/fleetfit/switch/{service}.good"), encoding="utf-8") as stream:
+            document = json.load(stream)
+    except (OSError, ValueError):
+        return {}  # an estimate takes its place
+    found = document.get("last_start") if isinstance(document, dict) else None
+    return {"last_start": found} if isinstance(found, dict) else {}
 
 
 def _problem(code: str, message: str, remedy: str) -> dict[str, Any]:

@@ -97,7 +97,9 @@ manifest:
   returned: always
   type: dict
 services:
-  description: Per service C(active) (systemd's word), C(release) (digest or null) and C(unit_file).
+  description: >-
+    Per service C(active) (systemd's word), C(release) (digest or null), C(unit_file) and, where it is known,
+    C(last_start) (C(ready_s) and C(stop_s), the seconds that its last good start and the stop before it took).
   returned: always
   type: dict
   sample: {llama-server: {active: active, release: 3f0c9a, unit_file: true}}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..module_utils.downtime import downtime_text, expected_downtime
 from ..module_utils.units import GIB
 
-COLUMNS = ("host", "GPUs", "engine", "variant", "context", "memory", "tokens/s", "")
+COLUMNS = ("host", "GPUs", "engine", "variant", "context", "memory", "tokens/s", "switch", "")
 NO_PLAN = "no plan: see the failure above"
 
 
@@ -32,10 +33,15 @@ def _memory(deployment: Mapping[str, Any]) -> str:
     return f"{_gib(total)} of {_gib(budget)} GiB"
 
 
-def host_row(host: str, facts: Mapping[str, Any] | None, plan: Mapping[str, Any] | None) -> list[str]:
-    """Return one host's cells; ``facts`` and ``plan`` are None where the host gave none."""
+def host_row(
+    host: str,
+    facts: Mapping[str, Any] | None,
+    plan: Mapping[str, Any] | None,
+    downtime: Mapping[str, Any] | None,
+) -> list[str]:
+    """Return one host's cells; ``facts``, ``plan`` and ``downtime`` are None where the host gave none."""
     if not facts or not plan or not plan["deployments"]:
-        return [host, _gpus(facts) if facts else "?", "", "", "", "", "", NO_PLAN]
+        return [host, _gpus(facts) if facts else "?", "", "", "", "", "", "", NO_PLAN]
     chosen = plan["deployments"][0]
     simulated = bool(chosen.get("cpu_mapping")) and bool(facts["stable"]["accelerators"])
     notes = ["kept" if plan.get("sticky") else "", "simulated GPU" if simulated else ""]
@@ -47,6 +53,7 @@ def host_row(host: str, facts: Mapping[str, Any] | None, plan: Mapping[str, Any]
         f"{chosen['slots']}x {chosen['context_tokens']}",
         _memory(chosen),
         f"{chosen['expected_tokens_per_s']:.0f}" if chosen.get("expected_tokens_per_s") else "-",
+        downtime_text(downtime) if downtime else "",
         ", ".join(note for note in notes if note),
     ]
 
@@ -71,11 +78,30 @@ def _candidate_line(candidate: Mapping[str, Any], most_layers: int) -> str:
 
 
 def plan_text(
-    hosts: Mapping[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]], *, candidates: bool
+    hosts: Mapping[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]],
+    *,
+    candidates: bool,
+    last_starts: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> str:
-    """Return the table of ``hosts`` (name to facts and plan), then why, and what is wrong with each host."""
-    rows = [list(COLUMNS)] + [host_row(host, *pair) for host, pair in hosts.items()]
+    """Return the table of ``hosts`` (name to facts and plan), then why, and what is wrong with each host.
+
+    ``last_starts`` is host → the fact fleetfit_last_start, from which the downtime of a switch follows.
+    """
+    starts = last_starts or {}
+    downtimes = {
+        host: expected_downtime(plan["deployments"][0], starts.get(host))
+        for host, (_facts, plan) in hosts.items()
+        if plan and plan["deployments"]
+    }
+    rows = [list(COLUMNS)] + [host_row(host, *pair, downtimes.get(host)) for host, pair in hosts.items()]
     lines = [format_table(rows)]
+    # Hosts with the same words under the table share one line.
+    sources: dict[str, list[str]] = {}
+    for host, downtime in downtimes.items():
+        if downtime["basis"] != "none":
+            sources.setdefault(f"{downtime['basis']}: {downtime['source']}", []).append(host)
+    for source, names in sources.items():
+        lines.append(f"switch = time without answers if the release changes; {', '.join(names)}: {source}")
     for host, (facts, plan) in hosts.items():
         if plan and plan.get("reason"):
             lines.append(f"{host}: {plan['reason']}")

@@ -47,6 +47,19 @@ def release(root: Path, service: str, digest: str) -> None:
     unit.write_text("[Service]\n")
 
 
+def test_what_the_last_good_start_took_is_told_where_it_is_recorded(tmp_path: Path) -> None:
+    release(tmp_path, "llama-server", "3f0c9a")
+    record = tmp_path / "var/lib/fleetfit/switch/llama-server.good"
+    record.parent.mkdir(parents=True)
+    for content, expected in (
+        ('{"last_start": {"ready_s": 7.5, "stop_s": 1.0}}', {"ready_s": 7.5, "stop_s": 1.0}),
+        ('{"last_start": null}', None),
+        ("{", None),
+    ):
+        record.write_text(content)
+        assert state(tmp_path, Systemctl())["services"]["llama-server"].get("last_start") == expected
+
+
 def test_services_take_one_call(tmp_path: Path) -> None:
     release(tmp_path, "llama-server", "3f0c9a")
     systemctl = Systemctl()

@@ -43,7 +43,7 @@ def test_a_row_says_what_is_served_and_that_the_gpu_is_simulated() -> None:
     row = next(line for line in text.splitlines() if line.startswith("edge  "))
     assert row.split() == [
         *("edge", "2x", "A", "llama_cpp", "Q4_K_M", "2x", "8192", "3.0", "of", "11.0", "GiB", "42"),
-        *("simulated", "GPU"),
+        *("none", "simulated", "GPU"),
     ]
     assert "edge: the best that fits" in text
     assert "short by" not in text
@@ -93,3 +93,15 @@ def test_a_better_variant_is_reported_with_the_way_to_take_it() -> None:
 def test_columns_line_up() -> None:
     lines = format_table([["a", "bb"], ["ccc", "d"]]).splitlines()
     assert lines == ["a    bb", "---  --", "ccc  d"]
+
+
+def test_the_time_without_answers_is_said_with_where_it_comes_from() -> None:
+    hosts = {name: (facts("A"), plan()) for name in ("one", "two", "new", "old")}
+    measured = {"llama-server": {"ready_s": 11.0, "stop_s": 1.0}}
+    starts = {"one": measured, "two": measured, "new": {}, "old": {"llama-server": {}}}
+    text = plan_text(hosts, candidates=False, last_starts=starts)
+    cells = {line.split()[0]: line for line in text.splitlines() if "GiB" in line}
+    assert ["12 s" in cells[name] for name in hosts] == [True, True, False, False]
+    assert "  none  " in cells["new"]
+    assert "; one, two: measured: this host's last good start" in text
+    assert "; old: unknown: the size of the model is not known" in text
