@@ -146,6 +146,14 @@ def _load(directories: tuple[Path, ...], stamp: tuple[tuple[str, int, int], ...]
     )
 
 
+def load_drivers(catalog_dir: str | Path | None = None) -> dict[str, Any]:
+    """Return what is known of NVIDIA drivers (drivers.yml), checked against its schema."""
+    path = (Path(catalog_dir) if catalog_dir is not None else CATALOG_DIR) / "drivers.yml"
+    data = read_yaml(path)
+    check_schema(data, "drivers", path)
+    return data
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raises ``bad_yaml`` with the file's name and line."""
     try:

@@ -1,0 +1,379 @@
+"""What is decided about a host's driver: the table in data/driver_decisions.txt, and what holds for every host."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.fleetfit.llm.plugins.module_utils import driver_decision
+from ansible_collections.fleetfit.llm.plugins.module_utils.driver_decision import Wanted, decide
+from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_drivers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from . import drivers
+
+TABLE = Path(__file__).parent / "data/driver_decisions.txt"
+REPO = Path(__file__).resolve().parents[2]
+
+
+def rows() -> list[list[str]]:
+    lines = [line for line in TABLE.read_text().splitlines() if line and not line.startswith("#")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines[1:]]
+
+
+def in_words(decision: dict[str, Any]) -> list[str]:
+    """Return the last three columns of a row."""
+    state = decision["state"]
+    head = (
+        state
+        if state in ("refused", "nothing")
+        else (f"{state} {decision['source']} {decision['branch']} {decision['flavour']}")
+    )
+    codes = [item["code"] for item in decision["refusals"]] or [
+        item["action"] for item in decision["actions"]
+    ]
+    problems = [item["code"] for item in decision["problems"]]
+    return [head, " ".join(codes) or "-", " ".join(problems) or "-"]
+
+
+def of(system: str, host: str = "-", wanted: str = "-", *, cards: str = "4090", boot: str = "off") -> Any:
+    return decide(drivers.wanted_of(wanted), drivers.state_of(system, cards, boot, host), drivers.DATA)
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: " / ".join(row[:5]))
+def test_table(row: list[str]) -> None:
+    system, cards, boot, host, wanted, *expected = row
+    assert in_words(of(system, host, wanted, cards=cards, boot=boot)) == expected
+
+
+def test_the_table_is_large_and_says_nothing_twice() -> None:
+    questions = [tuple(row[:5]) for row in rows()]
+    assert len(questions) >= 150
+    assert len(set(questions)) == len(questions)
+
+
+# ---- what a row does not show ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("system", "wanted", "cards", "packages"),
+    [
+        ("debian-12", "-", "4090", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"]),
+        ("debian-13", "-", "v100", ["nvidia-driver-cuda", "nvidia-kernel-dkms"]),
+        (
+            "debian-12",
+            "source=distribution",
+            "4090",
+            ["nvidia-kernel-dkms", "libcuda1", "nvidia-smi", "nvidia-persistenced", "nvidia-modprobe"],
+        ),
+        (
+            "ubuntu-24.04",
+            "kernels=6.8.0-45-generic,6.11.0-9-lowlatency",
+            "4090",
+            [
+                "linux-modules-nvidia-580-server-open-generic",
+                "linux-modules-nvidia-580-server-open-lowlatency",
+                "nvidia-headless-no-dkms-580-server-open",
+                "nvidia-utils-580-server",
+            ],
+        ),
+        (
+            "ubuntu-22.04",
+            "source=nvidia",
+            "v100",
+            ["libnvidia-compute-580", "nvidia-utils-580", "nvidia-dkms-580"],
+        ),
+        ("ubuntu-22.04", "source=nvidia branch=595", "4090", ["libnvidia-compute", "nvidia-dkms-open"]),
+        ("rhel-9", "fingerprint", "4090", ["nvidia-driver-cuda", "kmod-nvidia-open-dkms"]),
+        ("rocky-10", "fingerprint", "p40", ["nvidia-driver-cuda", "kmod-nvidia-latest-dkms"]),
+        (
+            "debian-13",
+            "cuda_toolkit=yes",
+            "4090",
+            ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "cuda-toolkit-13-0"],
+        ),
+    ],
+)
+def test_packages(system: str, wanted: str, cards: str, packages: list[str]) -> None:
+    assert of(system, wanted=wanted, cards=cards)["packages"] == packages
+
+
+def test_fabric_manager_is_of_the_branch() -> None:
+    assert "nvidia-fabricmanager-580" in of("ubuntu-22.04", cards="hgx-a100")["packages"]
+
+
+def test_headers_are_for_the_running_and_the_newest_kernel() -> None:
+    decision = of("debian-12", "newkernel=missing noheaders")
+    assert decision["headers"] == [f"linux-headers-{drivers.KERNEL}", f"linux-headers-{drivers.NEWER_KERNEL}"]
+    assert of("debian-12", "newkernel=missing", "kernels=6.1.0-50-amd64")["headers"] == [
+        "linux-headers-6.1.0-50-amd64"
+    ]
+
+
+def test_an_old_kernel_that_is_neither_running_nor_newest_needs_no_module() -> None:
+    state = drivers.state_of("debian-12", "4090", "off", "nvidia:580.95.05:open")
+    state["kernels"].append({**drivers.kernel("6.1.0-9-amd64", newest=False), "running": False})
+    assert decide(drivers.wanted_of("-"), state, drivers.DATA)["state"] == "ok"
+
+
+def test_a_failed_build_names_the_kernel_and_the_logs_line() -> None:
+    [refusal] = of("debian-12", "nvidia:580.95.05:open newkernel=failed")["refusals"]
+    assert drivers.NEWER_KERNEL in refusal["message"]
+    assert "nv-mmap.c:42: error: too few arguments" in refusal["message"]
+
+
+def test_a_mirror_serves_packages_and_key() -> None:
+    repository = of("debian-13", wanted="repository_url=https://mirror.example.com/cuda/")["repository"]
+    assert repository["url"] == "https://mirror.example.com/cuda/"
+    assert repository["key_url"] == "https://mirror.example.com/cuda/8793F200.pub"
+    assert repository["fingerprint"] == "02182E60104FCDC26EAE1B8597A5D4CB8793F200"
+
+
+def test_debian_13_has_a_key_and_a_repository_of_its_own() -> None:
+    twelve, thirteen = (of(f"debian-{version}")["repository"] for version in (12, 13))
+    assert twelve["fingerprint"] != thirteen["fingerprint"]
+    assert "debian13" in thirteen["url"]
+
+
+def test_an_arm_server_reads_the_sbsa_directory() -> None:
+    assert of("debian-12", cards="gh200")["repository"]["url"].endswith("/debian12/sbsa/")
+
+
+def test_an_unsupported_system_is_told_what_is_supported() -> None:
+    [refusal] = of("fedora-42")["refusals"]
+    assert "Debian 12" in refusal["remedy"]
+    assert "Ubuntu 24.04" in refusal["remedy"]
+    assert "AlmaLinux 10" in refusal["remedy"]
+
+
+def test_a_version_that_is_asked_for_is_pinned_exactly() -> None:
+    pins = of("debian-12", wanted="version=580.95.05")["pins"]
+    assert {"version 580.95.05*", "version *"} == {pin["pin"] for pin in pins}
+    assert "version 580.*" in {pin["pin"] for pin in of("debian-12")["pins"]}
+
+
+def test_container_tools_are_not_pinned_with_the_driver() -> None:
+    assert not driver_decision.is_driver_package("nvidia-container-toolkit", drivers.DATA)
+    assert driver_decision.is_driver_package("libnvidia-ml1", drivers.DATA)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("source", "ppa"), ("flavour", "closed"), ("reboot", "always"), ("colour", "red")]
+)
+def test_a_wrong_setting_is_named(setting: str, value: str) -> None:
+    with pytest.raises(FleetfitError, match=f"{setting}|{value}") as caught:
+        Wanted.from_dict({setting: value})
+    assert caught.value.code == "driver_setting"
+
+
+def test_facts_of_another_version_are_refused() -> None:
+    with pytest.raises(FleetfitError, match="schema_version 2"):
+        decide(Wanted(), {**drivers.bare_state(), "schema_version": 2}, drivers.DATA)
+
+
+def test_a_new_branch_is_a_change_of_data(tmp_path: Path) -> None:
+    """Nothing but catalog/drivers.yml changes, and the decision follows."""
+    text = (REPO / "catalog/drivers.yml").read_text()
+    entry = (
+        '  - branch: "640"\n    kind: lts\n    cuda_major: 14\n    end_of_life: "2030-06-30"\n'
+        "    flavours: [open]\n    security_floor: null\n    source: made up for this test\n"
+    )
+    text = text.replace("\nbranches:\n", f"\nbranches:\n{entry}").replace(
+        'default_branch: "580"', 'default_branch: "640"'
+    )
+    (tmp_path / "drivers.yml").write_text(text)
+    data = load_drivers(tmp_path)
+    decision = decide(Wanted(today=drivers.TODAY), drivers.bare_state("debian-13"), data)
+    assert (decision["state"], decision["branch"], decision["flavour"]) == ("install", "640", "open")
+    assert "version 640.*" in {pin["pin"] for pin in decision["pins"]}
+
+
+def test_a_newer_kernel_alone_is_no_reason_to_reboot() -> None:
+    state = drivers.state_of("debian-12", "4090", "off", "nvidia:580.95.05:open newkernel=installed")
+    state["reboot_reasons"] = [{"code": "kernel_outdated", "message": "a newer kernel is installed"}]
+    decision = decide(drivers.wanted_of("reboot=if_needed"), state, drivers.DATA)
+    assert (decision["state"], decision["reboot"]["needed"]) == ("ok", False)
+    state["reboot_reasons"] = [
+        {"code": "kernel_without_module", "message": "the running kernel has no module"}
+    ]
+    decision = decide(drivers.wanted_of("reboot=if_needed"), state, drivers.DATA)
+    assert decision["actions"][-1]["action"] == "reboot"
+
+
+# ---- what holds for every host --------------------------------------------------------------------------------
+
+SYSTEMS = [
+    f"{name}-{entry['version']}" for entry in drivers.DATA["distributions"] for name in entry["distributions"]
+]
+CARDS = st.lists(st.sampled_from([word for word in drivers.CARDS if word != "gh200"]), max_size=3).map(
+    lambda words: "+".join(words) or "none"
+)
+HOST_WORDS = st.lists(
+    st.sampled_from(
+        [
+            *("audit", "boot=100", "luks", "unheld", "loaded=570.10.01", "nouveau", "controller"),
+            *("candidate=580.999.01", "newkernel=missing", "newkernel=failed", "noheaders", "runfile", "ppa"),
+            *("cuda_repo", "own_repo"),
+        ]
+    ),
+    max_size=3,
+    unique_by=lambda word: word.split("=")[0],
+)
+INSTALLED = st.sampled_from(
+    [
+        [],
+        ["nvidia:580.95.05:open"],
+        ["nvidia:580.95.05:proprietary"],
+        ["nvidia:595.45.04:open"],
+        ["distribution:535.309.01:proprietary"],
+        ["distribution:550.163.01:open"],
+    ]
+)
+WANTED_WORDS = st.lists(
+    st.sampled_from(
+        [
+            *(
+                "source=nvidia",
+                "source=distribution",
+                "source=none",
+                "branch=580",
+                "branch=595",
+                "branch=999",
+            ),
+            *("version=580.95.05", "flavour=open", "flavour=proprietary", "reboot=if_needed", "fingerprint"),
+            *("cuda_toolkit=yes", "fabric_manager=never", "require_gpu=no"),
+        ]
+    ),
+    max_size=4,
+    unique_by=lambda word: word.split("=")[0],
+).map(" ".join)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Wanted, dict[str, Any]]:
+    host = " ".join(draw(INSTALLED) + draw(HOST_WORDS)) or "-"
+    state = drivers.state_of(
+        draw(st.sampled_from(SYSTEMS)), draw(CARDS), draw(st.sampled_from(sorted(drivers.SECURE_BOOT))), host
+    )
+    return drivers.wanted_of(draw(WANTED_WORDS) or "-"), state
+
+
+def applied(state: dict[str, Any], decision: dict[str, Any]) -> dict[str, Any]:
+    """Return the host after the decision's actions, where each of them did what it says."""
+    after = copy.deepcopy(state)
+    version = f"{decision['branch']}.95.05"
+    for item in decision["actions"]:
+        action = item["action"]
+        installed = after["installed"]
+        if action == "install_packages":
+            if decision["branch"] == installed["branch"] and decision["state"] == "install":
+                version = installed["version"]
+            after["installed"] = {
+                "version": version,
+                "flavour": decision["flavour"],
+                "branch": decision["branch"],
+                "source": decision["source"],
+                "packages": {**installed["packages"], **dict.fromkeys(decision["packages"], version)},
+                "held": [],
+            }
+            if after["nvswitch_count"] and any("fabric" in name for name in decision["packages"]):
+                after["fabricmanager"]["installed_version"] = version
+        elif action == "install_headers":
+            for kernel in after["kernels"]:
+                kernel["headers"] = True
+        elif action == "build_modules":
+            for kernel in after["kernels"]:
+                if kernel["release"] in item["items"]:
+                    kernel.update(dkms="installed", dkms_error=None)
+        elif action == "hold":
+            after["installed"]["held"] = sorted(after["installed"]["packages"])
+        elif action == "blacklist_nouveau":
+            after["nouveau"].update(blacklisted=True, in_initramfs=False)
+        elif action == "persistenced":
+            after["persistenced"] = {"installed": True, "active": True}
+        elif action == "load_uvm":
+            after["uvm_loaded"] = True
+        elif action == "fabric_manager":
+            after["fabricmanager"]["active"] = True
+        elif action == "reboot":
+            after.update(boot_id="b2", reboot_reasons=[])
+            after["loaded"] = {"version": after["installed"]["version"], "flavour": decision["flavour"]}
+            after["nouveau"]["loaded"] = False
+    return after
+
+
+@given(cases())
+def test_a_refusal_never_comes_with_an_action(case: tuple[Wanted, dict[str, Any]]) -> None:
+    decision = decide(case[0], case[1], drivers.DATA)
+    assert (decision["state"] == "refused") == bool(decision["refusals"])
+    if decision["refusals"]:
+        assert not any(decision[name] for name in ("actions", "packages", "files", "hold", "unhold"))
+        assert all(item["remedy"] for item in decision["refusals"])
+
+
+@given(cases())
+def test_no_reboot_unless_it_is_allowed(case: tuple[Wanted, dict[str, Any]]) -> None:
+    wanted, state = case
+    decision = decide(wanted, state, drivers.DATA)
+    if "reboot" in [item["action"] for item in decision["actions"]]:
+        assert wanted.reboot == "if_needed"
+        assert decision["reboot"]["reasons"]
+        assert not state["is_controller"]
+        assert not state["root_needs_passphrase"]
+        assert decision["actions"][-1]["action"] == "reboot"
+
+
+@given(cases())
+def test_what_was_applied_is_not_decided_again(case: tuple[Wanted, dict[str, Any]]) -> None:
+    """After its own actions nothing is left to do: a second run changes nothing."""
+    wanted, state = case
+    first = decide(wanted, state, drivers.DATA)
+    second = decide(wanted, applied(state, first), drivers.DATA)
+    if first["state"] in ("refused", "nothing"):
+        assert second["state"] == first["state"]
+    else:
+        assert second["state"] in ("ok", "pending_reboot", "pending_mok")
+        assert second["actions"] == []
+
+
+@given(cases())
+def test_the_same_question_has_the_same_answer(case: tuple[Wanted, dict[str, Any]]) -> None:
+    before = copy.deepcopy(case[1])
+    assert decide(*case, drivers.DATA) == decide(*case, drivers.DATA)
+    assert case[1] == before
+
+
+@given(cases(), st.sampled_from(["580.999.01", "595.999.01", None]))
+def test_a_newer_candidate_is_never_a_reason(
+    case: tuple[Wanted, dict[str, Any]], version: str | None
+) -> None:
+    wanted, state = case
+    first = decide(wanted, state, drivers.DATA)
+    second = decide(wanted, {**state, "candidate": {"version": version, "source": "nvidia"}}, drivers.DATA)
+    assert (first["state"], first["actions"]) == (second["state"], second["actions"])
+
+
+@given(cases())
+def test_a_host_without_a_card_is_left_alone(case: tuple[Wanted, dict[str, Any]]) -> None:
+    wanted, state = case
+    if not state["gpus"] and wanted.require_gpu:
+        assert decide(wanted, state, drivers.DATA)["actions"] == []
+
+
+@given(cases())
+def test_source_none_does_nothing_at_all(case: tuple[Wanted, dict[str, Any]]) -> None:
+    decision = decide(Wanted(source="none"), case[1], drivers.DATA)
+    assert (decision["state"], decision["actions"], decision["files"]) == ("nothing", [], [])
+
+
+@given(cases())
+def test_everything_installed_is_held(case: tuple[Wanted, dict[str, Any]]) -> None:
+    decision = decide(case[0], case[1], drivers.DATA)
+    actions = [item["action"] for item in decision["actions"]]
+    if "install_packages" in actions:
+        assert actions.index("hold") > actions.index("install_packages")
+        assert "unhold" not in actions or actions.index("unhold") < actions.index("install_packages")
