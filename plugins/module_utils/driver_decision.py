@@ -824,6 +824,24 @@ def is_driver_package(name: str, data: Mapping[str, Any]) -> bool:
     )
 
 
+def report(decision: Mapping[str, Any]) -> list[str]:
+    """Return the decision in lines for people: what is to be done and why, what is wrong, what a reboot is for."""
+    lines = [decision["summary"]] if not decision["refusals"] else []
+    lines += [f"refused: {item['message']} {item['remedy']}" for item in decision["refusals"]]
+    lines += [
+        f"{item['action']}: {' '.join(item['items'])} ({item['reason']})"
+        if item["items"]
+        else f"{item['action']}: {item['reason']}"
+        for item in decision["actions"]
+    ]
+    lines += [f"problem: {item['message']} {item['remedy']}" for item in decision["problems"]]
+    if decision["reboot"]["needed"]:
+        lines += [f"reboot needed: {reason['message']}" for reason in decision["reboot"]["reasons"]]
+        if decision["reboot"]["forbidden_because"]:
+            lines.append(f"no reboot by this run: {decision['reboot']['forbidden_because']}")
+    return lines
+
+
 def solves(decision: Mapping[str, Any]) -> list[str]:
     """Return the codes of the host facts' problems that the decision's actions do away with."""
     if decision["state"] in CHANGING_STATES:
@@ -856,6 +874,7 @@ def _decision(work: _Work, state: str, *, summary: str = "", **parts: Any) -> di
         "files": [],
         "reboot": {"needed": False, "allowed": False, "forbidden_because": None, "reasons": []},
         "solves": [],
+        "report": [],
         "actions": [] if refused else work.actions,
         "refusals": work.refusals,
         "problems": work.problems,
@@ -863,9 +882,11 @@ def _decision(work: _Work, state: str, *, summary: str = "", **parts: Any) -> di
     }
     if refused:
         decision.update({name: parts[name] for name in ("source", "branch", "flavour") if name in parts})
+        decision["report"] = report(decision)
         return decision
     decision.update(parts)
     decision["solves"] = solves(decision)
+    decision["report"] = report(decision)
     if decision["family"]:
         decision["pins"] = pins(decision, work.data, work.wanted.version)
         decision["files"] = driver_files.render(decision, work.data)
