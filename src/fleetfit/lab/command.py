@@ -66,7 +66,7 @@ def host_group() -> None:
 @click.option("--profile", help="A GPU profile of the simulated NVML library; none: a host without a GPU.")
 @click.option("--user", default="root", show_default=True, help="Who signs in: root, or ops (sudo).")
 @click.option("--image", help="A podman image to start from instead of the suite's own.")
-@click.option("--layer", help="A service whose Python environment the host has already: open-webui.")
+@click.option("--layer", help="A service whose Python environment the host has already: open-webui or vllm.")
 def host_up(
     name: str, suite: str, profile: str | None, user: str, image: str | None, layer: str | None
 ) -> None:

@@ -25,7 +25,10 @@ from .paths import cache_root, checkout_root, locked
 from .process import output, run
 
 # Service -> its locks in the order in which they are tried.
-LAYERS = {"open-webui": ("locks/open-webui/cpu-py311.txt", "locks/open-webui/default-py311.txt")}
+LAYERS = {
+    "open-webui": ("locks/open-webui/cpu-py311.txt", "locks/open-webui/default-py311.txt"),
+    "vllm": ("locks/vllm/cpu-py311.txt",),
+}
 PYTHON = "3.11"
 
 # Prints what choose_environment asks about a host.

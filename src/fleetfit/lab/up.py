@@ -12,11 +12,14 @@ import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import build_first
 
+from fleetfit.wheelhouse import wheelhouse_entry
+
 from . import containers, mirror, model
 from .certificates import copy_authorities
 from .console import note, step
 from .engine import GLIBC, ensure_engine, lab_build
 from .forward import Forward, planned_forwards, start_forward
+from .layers import LAYERS
 from .machine import Machine, ready_machine
 from .paths import LabPaths, cache_root, checkout_root, locked
 from .process import stop_children
@@ -24,7 +27,6 @@ from .python_archive import ensure_python_archive
 
 # gpu-small is Debian 13 (Python 3.13), on which Open WebUI does not run: it gets a managed CPython.
 PYTHON_SERIES = "3.11"
-WHEELHOUSE_LOCKS = ("locks/open-webui/cpu-py311.txt", "locks/open-webui/default-py311.txt")
 
 
 def lab_definition() -> dict[str, Any]:
@@ -90,21 +92,28 @@ def make_python(artifacts: Artifacts, machine: Machine) -> None:
     artifacts.publish("python", python.path, python.sha256, version=python.version, arch=machine.arch)
 
 
-def make_wheelhouse(artifacts: Artifacts) -> None:
-    """Build Open WebUI's wheelhouse and serve it."""
-    locks = [checkout_root() / name for name in WHEELHOUSE_LOCKS]
+def make_wheelhouse(artifacts: Artifacts, service: str, what: str) -> None:
+    """Build a service's wheelhouse, the one that its layer is made from, and serve it."""
+    locks = [checkout_root() / name for name in LAYERS[service]]
     reported = False
 
     def report(line: str) -> None:
         nonlocal reported
         if not reported:
-            step("Fetching Open WebUI's packages (about 1 GB; verified against the lock)")
+            step(f"Fetching {what}'s packages (about 1 GB; verified against the lock)")
             reported = True
         note(line)
 
     built = build_first(locks, PYTHON_SERIES, cache_root() / "wheelhouse", report=report)
+    entry = wheelhouse_entry(built)
+    about = {key: entry[key] for key in ("variant", "release") if key in entry}
     artifacts.publish(
-        "open_webui_wheelhouse", built.tar, built.sha256, python=built.python, platform=built.platform
+        f"{service.replace('-', '_')}_wheelhouse",
+        built.tar,
+        built.sha256,
+        python=built.python,
+        platform=built.platform,
+        **about,
     )
 
 
@@ -151,7 +160,8 @@ def bring_up(paths: LabPaths, *, hosts_only: bool = False) -> list[Forward]:
         jobs |= {
             "engine and models": lambda: make_engine_and_models(artifacts, machine),
             "CPython": lambda: make_python(artifacts, machine),
-            "wheelhouse": lambda: make_wheelhouse(artifacts),
+            "Open WebUI's wheelhouse": lambda: make_wheelhouse(artifacts, "open-webui", "Open WebUI"),
+            "vLLM's wheelhouse": lambda: make_wheelhouse(artifacts, "vllm", "vLLM"),
         }
     run_side_by_side(jobs)
     forwards = planned_forwards(paths, lab_definition())
