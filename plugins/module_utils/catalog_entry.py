@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 from .errors import FleetfitError
+from .model_files import check_names
 from .model_shape import ModelShape
 
 SCHEMA_VERSION = 1
@@ -71,6 +72,7 @@ class Variant:
     quality_source: str = ""
     label: str = ""
     shape_overrides: tuple[tuple[str, Any], ...] = ()
+    waivers: tuple[str, ...] = ()
 
     @property
     def pinned(self) -> bool:
@@ -190,6 +192,8 @@ def entry_from_dict(data: Mapping[str, Any], *, origin: str) -> CatalogEntry:
             _variant_from_dict(item, data.get("quality_source", ""), origin) for item in data["variants"]
         )
     except FleetfitError as error:
+        if error.code == "unsafe_model_file":
+            raise
         raise FleetfitError(
             f"{origin}: {error.message}", code="bad_catalog_entry", remedy=error.remedy
         ) from error
@@ -311,6 +315,10 @@ def _variant_from_dict(data: Mapping[str, Any], default_quality_source: str, ori
     for engine in data["engines"]:
         if engine not in ENGINES:
             raise _bad(origin, f"the variant {name} names the unknown engine {engine!r}")
+    waivers = tuple(sorted(data.get("waivers", {})))
+    check_names(
+        [item.name for item in files], waivers, model=f"The variant {name} of the model", origin=origin
+    )
     return Variant(
         name=name,
         format=data["format"],
@@ -324,6 +332,7 @@ def _variant_from_dict(data: Mapping[str, Any], default_quality_source: str, ori
         quality_source=data.get("quality_source", default_quality_source),
         label=data.get("label", ""),
         shape_overrides=tuple(sorted(data.get("shape_overrides", {}).items())),
+        waivers=waivers,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import FleetfitError
 from .lora import link_name
 from .manifest import safe_to_delete
+from .model_files import check_names
 
 MODELS = "/var/lib/fleetfit/models"
 RELEASES = "/opt/fleetfit"
@@ -52,6 +53,12 @@ def model_artifacts(
     no source at all.
     """
     check_pinned(deployment)
+    check_names(
+        [file["name"] for file in deployment["files"]],
+        deployment.get("waivers") or (),
+        model=deployment["model"],
+        origin="the plan",
+    )
     if not sources and not hub:
         raise FleetfitError(
             f"There is no source for the model {deployment['model']}.",

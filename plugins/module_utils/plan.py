@@ -148,6 +148,7 @@ def deployment_of(request: Request, chosen: Candidate, facts: Mapping[str, Any])
         "revision": variant.revision,
         "quality_tier": variant.quality_tier,
         "files": [item.as_dict() for item in variant.files],
+        "waivers": list(variant.waivers),
         "adapters": plan_adapters(chosen.engine, policy.lora_adapters, entry),
         "device_uuids": [device.id for device in chosen.devices],
         "settings": dict(chosen.settings),

@@ -13,6 +13,7 @@ import click
 import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils.catalog_entry import CatalogEntry, Variant
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.model_files import check_names
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import layout_of
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import GGUF_SCHEMES, model_tensors
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import format_size
@@ -171,8 +172,8 @@ def check(catalog_dirs: tuple[str, ...]) -> None:
 def pin_of(entry: CatalogEntry, variant: Variant, hub: Hub, repository: Repository) -> dict[str, Any]:
     """Return the pins of one variant: repository, revision and files with size and sha256.
 
-    Raises :class:`FleetfitError`: ``no_file_matches`` naming near files, ``size_implausible`` for files
-    that cannot be this variant.
+    Raises :class:`FleetfitError`: ``no_file_matches`` naming near files, ``unsafe_model_file`` for files
+    that can run code, ``size_implausible`` for files that cannot be this variant.
     """
     wanted = {item.name for item in variant.files}
     files = [
@@ -191,6 +192,7 @@ def pin_of(entry: CatalogEntry, variant: Variant, hub: Hub, repository: Reposito
             remedy=(f"It has {', '.join(near)}; c" if near else "C")
             + f"orrect files_match in {entry.origin}.",
         )
+    check_names([item.name for item in files], variant.waivers, model=entry.id, origin=repository.name)
     pinned = [hub.pinned(repository, item) for item in sorted(files, key=lambda item: item.name)]
     total = sum(item.size or 0 for item in pinned if item.name.endswith((".gguf", ".safetensors")))
     expected = _bytes_of(entry, variant, from_files=False)
