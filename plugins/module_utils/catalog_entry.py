@@ -110,6 +110,7 @@ class CatalogEntry:
     parameters: int = 0
     extended_context_tokens: int = 0
     rope_scaling: Optional[str] = None
+    rope_theta: Optional[float] = None
     kv_keys: tuple[str, ...] = ("f16",)
     kv_values: tuple[str, ...] = ("f16",)
     kv_source: str = ""
@@ -222,6 +223,7 @@ def entry_from_dict(data: Mapping[str, Any], *, origin: str) -> CatalogEntry:
         parameters=data.get("parameters", 0),
         extended_context_tokens=extended,
         rope_scaling=data.get("rope_scaling"),
+        rope_theta=data.get("rope_theta"),
         kv_keys=tuple(kv_types.get("keys", ("f16",))),
         kv_values=tuple(kv_types.get("values", ("f16",))),
         kv_source=kv_types.get("source", ""),

@@ -250,7 +250,8 @@ def _hf_overrides(rope: Mapping[str, Any]) -> str:
     """Return what replaces fields of the model's config.json so that its context is extended.
 
     vLLM takes a YaRN model's ``max_position_embeddings`` as extended already (0.32,
-    config/model.py: _get_and_verify_max_len), so it is written beside the factor.
+    config/model.py: _get_and_verify_max_len), so it is written beside the factor; the model's ``rope_theta``
+    too, since the whole of ``rope_parameters`` is replaced (transformers_utils/config.py, tried).
     """
     scale = float(rope["scale"])
     extended = int(rope["original_context_tokens"] * scale)
@@ -258,8 +259,9 @@ def _hf_overrides(rope: Mapping[str, Any]) -> str:
         "rope_type": rope["scaling"],
         "factor": scale,
         "original_max_position_embeddings": rope["original_context_tokens"],
+        "rope_theta": rope["theta"],
     }
-    overrides = {"rope_scaling": parameters, "max_position_embeddings": extended}
+    overrides = {"rope_parameters": parameters, "max_position_embeddings": extended}
     return json.dumps(overrides, separators=(",", ":"))
 
 

@@ -45,6 +45,7 @@ REJECTION_CODES = (
     "kv_type_not_allowed",
     "adapter_format_not_readable",
     "adapter_rank_too_high",
+    "rope_theta_unknown",
     "no_gpu",
     "mig_not_supported",
     "compute_capability_too_low",
@@ -600,6 +601,13 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
         return replace(candidate, rejected=rejected)
     if not view.devices:
         return replace(candidate, rejected=rejected)
+    rope = rope_settings(entry, policy.min_context_tokens)
+    if rope is not None and entry.rope_theta is None:
+        # vLLM replaces the model's whole description of positions by the one it is given.
+        rejected = rejected or Rejection(
+            "rope_theta_unknown",
+            f"vLLM extends a context only with the model's rope_theta, which {entry.origin} does not name",
+        )
     sequences = max(policy.slots, VLLM_MIN_SEQUENCES)
     adapters = adapters_for("vllm", policy.lora_adapters)
 
@@ -671,7 +679,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
             "dtype": "bfloat16" if bfloat16 and variant.scheme in ("BF16", "FP8") else "float16",
             "quantization": None,
             "enforce_eager": False,
-            "rope": rope_settings(entry, policy.min_context_tokens),
+            "rope": None if rope is None else {**rope, "theta": entry.rope_theta},
             "tool_call_parser": entry.tool_call_parser,
             "max_loras": len(adapters),
             "max_lora_rank": vllm_rank(adapters),

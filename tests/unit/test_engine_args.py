@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,10 +102,11 @@ def test_the_catalogs_chat_template_is_used_where_it_has_one() -> None:
 def test_a_longer_context_brings_yarn_and_the_extended_length() -> None:
     planned = settings("qwen2.5-7b-instruct", "H100 SXM", min_context_tokens=65536, slots=1)
     overrides = json.loads(option(vllm_argv(planned, **PLACES), "--hf-overrides"))
-    assert overrides["rope_scaling"] == {
+    assert overrides["rope_parameters"] == {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 32768,
+        "rope_theta": 1000000,
     }
     assert overrides["max_position_embeddings"] == 131072
     assert "--hf-overrides" not in vllm_argv(settings(), **PLACES)
@@ -143,3 +145,20 @@ def test_llama_server_answers_without_an_adapter_unless_a_request_asks_for_one()
     planned["lora"] = [{"name": "curt", "file": "c.gguf"}, {"name": "tone", "file": "t.gguf"}]
     value = option(llama_server_argv(planned, **line), "--lora-scaled")
     assert value == "{release}/adapter-curt/c.gguf:0,{release}/adapter-tone/t.gguf:0"
+
+
+def test_without_the_models_rope_theta_its_context_is_not_extended() -> None:
+    entry = replace(CATALOG.entry("qwen2.5-7b-instruct"), rope_theta=None)
+    found = evaluate(
+        request(
+            entry,
+            facts(cards("H100 SXM")),
+            engines=("vllm",),
+            engine="vllm",
+            min_context_tokens=65536,
+            slots=1,
+        )
+    )
+    codes = {item.rejected.code for item in found if item.rejected}
+    assert not any(item.fits for item in found)
+    assert "rope_theta_unknown" in codes
