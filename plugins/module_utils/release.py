@@ -53,10 +53,14 @@ class ReleaseSpec:
     precheck: Optional[Mapping[str, Any]] = None
     backup: Optional[Mapping[str, Any]] = None
     restart_on: Sequence[str] = ()
+    conflicts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse, with FleetfitError, what could not be written or run."""
         check_service_name(self.service)
+        for name in self.conflicts:
+            if check_service_name(name) == self.service:
+                raise _refuse(f"'{name}' cannot conflict with itself.", "Name other services of fleetfit.")
         if not self.argv or not self.argv[0]:
             raise _refuse("The release has no command.", "Give 'argv' with the program first.")
         for text in [*self.argv, *self.environ.values(), *self.files.values()]:
@@ -184,6 +188,7 @@ def _contents(
         "precheck": dict(spec.precheck) if spec.precheck else None,
         "backup": dict(spec.backup) if spec.backup else None,
         "restart_on": list(spec.restart_on),
+        "conflicts": list(spec.conflicts),
     }
     beside = {
         "plan.json": (_json_text(dict(spec.plan)), 0o644),

@@ -47,7 +47,14 @@ HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
 # failed: the gate failed and there was nothing to go back to that serves.
 FINAL_STATES = ("committed", "refused", "reverted", "failed")
 FORWARD_STEPS = ("precheck", "stop", "backup", "flip", "start", "gate", "prove", "record")
-REVERT_STEPS = ("revert_stop", "revert_flip", "revert_backup", "revert_start", "revert_gate")
+REVERT_STEPS = (
+    "revert_stop",
+    "revert_flip",
+    "revert_backup",
+    "revert_start",
+    "revert_gate",
+    "revert_displaced",
+)
 PRECHECK_TIMEOUT_S = 600
 # Longer than any unit's TimeoutStopSec that our roles set; systemd kills the engine at that.
 STOP_TIMEOUT_S = 300
@@ -170,6 +177,7 @@ def new_journal(
     """Return the journal of a transaction that has not begun: what it needs to end without the controller."""
     wanted = read_release(paths, service, digest)
     parse_gate(service, wanted["gate"], read_settings(paths, service, digest))
+    conflicts = [check_service_name(name) for name in wanted.get("conflicts") or ()]
     return {
         "schema_version": SCHEMA_VERSION,
         "id": uuid.uuid4().hex,
@@ -179,6 +187,9 @@ def new_journal(
         "to": digest,
         "keep": keep,
         "was_active": read_unit(service).active == "active",
+        # Other engines whose place this one takes: noted before any is stopped, so that none is forgotten.
+        "conflicts": conflicts,
+        "displaced": [name for name in conflicts if _runs(name)],
         "state": "running",
         "step": "requested",
         "steps": [],
@@ -316,6 +327,12 @@ def run_precheck(
     }
 
 
+def _runs(service: str) -> bool:
+    """Return whether a unit runs or is about to: a start that waits for another unit counts."""
+    unit = read_unit(service)
+    return unit.active not in ("inactive", "failed") or unit.starting
+
+
 def _systemctl(*arguments: str, timeout_s: float = 60.0) -> None:
     done = subprocess.run(
         ["systemctl", *arguments], check=False, capture_output=True, text=True, timeout=timeout_s
@@ -398,6 +415,13 @@ class Transaction:
         cause = {"step": step, "state": "error", "message": str(error)}
         if step in ("requested", "precheck"):
             self._end("refused", cause)
+        elif self.journal["kind"] == "restart" and self.journal.get("displaced") and not self.reverting:
+            self.journal["cause"] = self.journal["cause"] or cause
+            try:
+                self._bring_back()
+            except _STEP_ERRORS as second:
+                self.journal["revert_gate"] = {"ok": False, "state": "error", "message": str(second)}
+                self._end("failed")
         elif self.journal["kind"] == "restart" or step == "record" or self.reverting:
             self.reverting = True
             self._end("failed", self.journal["cause"] or cause)
@@ -418,6 +442,8 @@ class Transaction:
             )
         elif decision == "complete":
             self._record()
+        elif decision == "again" and self.journal["step"] == "revert_displaced":
+            self._bring_back()
         elif decision == "again":
             self._restart()
         elif decision == "revert":
@@ -458,7 +484,7 @@ class Transaction:
                     "refused", {"step": "precheck", "state": "precheck", "message": precheck["message"]}
                 )
                 return
-        self._do("stop", self._stop)
+        self._do("stop", self._stop_all)
         if release.get("backup") and self.journal["from"]:
             self._do("backup", lambda: {"backup": self._back_up(release["backup"])})
         self._do("flip", lambda: self._flip(self.journal["to"]))
@@ -472,11 +498,15 @@ class Transaction:
 
     def _restart(self) -> None:
         """Restart the same release; where its gate fails there is no other release to go back to."""
-        self._do("stop", self._stop)
+        self._do("stop", self._stop_all)
         self._do("start", self._start)
         cause = self._judge()
         if cause is None:
             self._record()
+            return
+        if self.journal.get("displaced"):
+            self.journal["cause"] = cause
+            self._bring_back()
         else:
             self._end("failed", cause)
 
@@ -484,10 +514,34 @@ class Transaction:
         return backups.back_up(self.paths, self.service, spec, self.journal["from"], self.journal["id"])
 
     def _stop(self) -> None:
-        unit = read_unit(self.service)
-        # A start that waits for another unit counts: it would come after us.
-        if unit.active not in ("inactive", "failed") or unit.starting:
+        if _runs(self.service):
             _systemctl("stop", f"{self.service}.service", timeout_s=STOP_TIMEOUT_S)
+
+    def _stop_all(self) -> None:
+        """Stop the service and those that cannot run beside it: two engines cannot hold one GPU's memory."""
+        for name in self.journal.get("conflicts") or ():
+            if _runs(name):
+                _systemctl("stop", f"{name}.service", timeout_s=STOP_TIMEOUT_S)
+        self._stop()
+
+    def _displace(self) -> None:
+        """Keep those that gave way from the next boot on: this service has taken their place."""
+        for name in self.journal.get("conflicts") or ():
+            if read_unit(name).load != "not-found":
+                _systemctl("disable", "--quiet", f"{name}.service")
+
+    def _bring_back(self) -> None:
+        """Start again what gave way to this service, which does not come back at boot either."""
+
+        def start() -> None:
+            self._stop()
+            _systemctl("disable", "--quiet", f"{self.service}.service")
+            for name in self.journal["displaced"]:
+                _systemctl("start", "--no-block", f"{name}.service")
+
+        self.reverting = True
+        self._do("revert_displaced", start)
+        self._end("reverted")
 
     def _flip(self, digest: Optional[str]) -> None:
         point_current(self.paths, self.service, digest)
@@ -533,7 +587,11 @@ class Transaction:
         return {**gate, "ready_s": ready["ready_s"], "proof_due": False}
 
     def _record(self) -> None:
-        self._do("record", lambda: self._remember(self.journal["to"], self.journal["gate"]))
+        def record() -> None:
+            self._displace()
+            self._remember(self.journal["to"], self.journal["gate"])
+
+        self._do("record", record)
         self._end("committed")
 
     def _remember(self, digest: str, gate: Mapping[str, Any]) -> None:
@@ -583,6 +641,9 @@ class Transaction:
         if not self.journal["taken_back"]:
             self._take_back()
         previous = self.journal["from"]
+        if self.journal.get("displaced"):
+            self._bring_back()
+            return
         if previous is None:
             self._end("reverted")
             return

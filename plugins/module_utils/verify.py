@@ -16,6 +16,7 @@ from .errors import FleetfitError
 from .gate import GateSpec, Talk, gate_of_release, read_credential, wait_ready
 from .manifest import HostPaths, read_manifest
 from .memory_account import run_terms
+from .ownership import ENGINES
 from .proof import proof_text
 from .release import current_digest, read_settings
 from .switch import read_good
@@ -268,7 +269,9 @@ def verify_host(paths: HostPaths, question: Question) -> dict[str, Any]:
     checks: list[Check] = []
     services: dict[str, Any] = {}
     for section, service in SERVICES.items():
-        if section in sections:
+        # An engine that gave way to another stays installed; the plan says which one serves.
+        gave_way = service in ENGINES and section != deployment.get("engine", section)
+        if section in sections and not gave_way:
             services[service] = _verify_service(paths, section, service, deployment, question, checks)
     return _report(checks, services, deployment)
 

@@ -92,6 +92,14 @@ options:
       - What to copy while the service is stopped, and to put back if the new release fails.
       - C(kind=directory) with C(path).
     type: dict
+  conflicts:
+    description:
+      - Other services of fleetfit that cannot run beside this one, such as another engine on the same GPUs.
+      - They are stopped before it starts and no longer start at boot once its gate has passed; if the gate fails,
+        those that ran are started again.
+    type: list
+    elements: str
+    default: []
   keep:
     description: How many releases stay on the host, the current one included.
     type: int
@@ -204,6 +212,7 @@ SPEC_FIELDS = (
     "precheck",
     "gate",
     "backup",
+    "conflicts",
 )
 SHOWN = ("argv", "environment", "environ", "links", "model_sha256")
 
@@ -253,6 +262,8 @@ def failure(journal):
             " fleetfit_min_context_tokens, a smaller variant). The same arguments were not tried again with others."
         )
     if journal["state"] == "reverted":
+        if journal.get("displaced"):
+            return f"{what} {' and '.join(journal['displaced'])} serves again.", "gate_failed", remedy
         serves = f"{journal['from']} serves again." if journal["from"] else "Nothing was running before it."
         return f"{what} {serves}", "gate_failed", remedy
     if journal["revert_gate"]:
@@ -429,6 +440,7 @@ def main():
             "precheck": {"type": "dict"},
             "gate": {"type": "dict", "required": True},
             "backup": {"type": "dict"},
+            "conflicts": {"type": "list", "elements": "str", "default": []},
             "keep": {"type": "int", "default": 2},
             "helper": {"type": "path", "default": switch.HELPER},
         },

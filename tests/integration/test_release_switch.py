@@ -255,6 +255,54 @@ def test_first_install_then_another_release(engine: Engine) -> None:
     assert (engine.serving(), engine.current()) == ("second", second["to"])
 
 
+OTHER_ENGINE = """\
+[Service]
+Type=exec
+ExecStart=/bin/sleep infinity
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@pytest.fixture
+def other_engine(engine: Engine) -> Iterator[Engine]:
+    """Return the host with another engine that runs, and starts at boot."""
+    engine.host.put("/etc/systemd/system/other-engine.service", OTHER_ENGINE)
+    engine.host.run("systemctl", "daemon-reload")
+    engine.host.run("systemctl", "enable", "--now", "other-engine.service")
+    yield engine
+    engine.host.run("systemctl", "disable", "--now", "other-engine.service")
+    engine.host.run("systemctl", "enable", "engine.service")
+
+
+def states(host: Any, unit: str) -> tuple[str, str]:
+    """Return whether a unit is active and whether it starts at boot."""
+    active = host.run("systemctl", "is-active", unit, check=False).strip()
+    return active, host.run("systemctl", "is-enabled", unit, check=False).strip()
+
+
+def test_an_engine_that_cannot_run_beside_this_one_gives_way(other_engine: Engine) -> None:
+    journal = other_engine.drive(spec(release={"conflicts": ["other-engine", "not-installed"]}))
+    assert (journal["state"], journal["displaced"]) == ("committed", ["other-engine"])
+    assert states(other_engine.host, "other-engine") == ("inactive", "disabled")
+    assert states(other_engine.host, "engine") == ("active", "enabled")
+
+
+@pytest.mark.parametrize("fault", [None, "after:stop", "before:revert_displaced"])
+def test_an_engine_that_gave_way_in_vain_serves_again(other_engine: Engine, fault: str | None) -> None:
+    wanted = spec("dies", release={"conflicts": ["other-engine"]})
+    if fault is None:
+        journal = other_engine.drive(wanted)
+    else:
+        other_engine.drive(wanted, "request")
+        assert other_engine.switch(fault).returncode != 0
+        assert other_engine.host.run_raw(HELPER, "recover", "--wait").returncode == 0
+        journal = other_engine.journal()
+    assert journal["state"] == "reverted"
+    other_engine.wait_for(lambda: states(other_engine.host, "other-engine") == ("active", "enabled"))
+    assert states(other_engine.host, "engine")[1] == "disabled"
+
+
 def test_ready_asks_a_service_that_runs(engine: Engine) -> None:
     engine.drive(spec(name="asked"))
     done = engine.host.run_raw(HELPER, "ready", "--service=engine", "--json")

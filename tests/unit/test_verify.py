@@ -153,6 +153,16 @@ def test_a_service_without_a_release_fails(tmp_path: Path) -> None:
     assert report["checks"][0]["code"] == "not_deployed"
 
 
+def test_an_engine_that_gave_way_to_another_is_not_asked(tmp_path: Path) -> None:
+    paths = HostPaths(str(tmp_path))
+    for section in ("llama_cpp", "vllm"):
+        write_section(paths.manifest(), section, {"units": []})
+    plan = {"schema_version": 1, "deployments": [{"engine": "vllm", "files": []}]}
+    write_section(paths.manifest(), "plan", plan)
+    report = verify_host(paths, Question("q", "a", 1))
+    assert [check["service"] for check in report["checks"]] == ["vllm"]
+
+
 def test_a_manifest_that_cannot_be_read_fails_with_its_reason(tmp_path: Path) -> None:
     paths = HostPaths(str(tmp_path))
     Path(paths.manifest()).parent.mkdir(parents=True)
