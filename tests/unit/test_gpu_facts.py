@@ -221,3 +221,44 @@ def test_every_error_code_becomes_a_problem_with_a_remedy(code: int, text: str, 
     problem = gpu_facts.device_problem({"code": code, "text": text}, "GPU-1", "a card", memory=memory)
     assert problem.remedy
     assert problem.message.startswith(("a card", "The NVIDIA driver"))
+
+
+def accelerator() -> gpu_facts.Accelerator:
+    return gpu_facts.Accelerator(
+        uuid="GPU-1",
+        index=0,
+        name="NVIDIA A100",
+        compute_capability="8.0",
+        memory_total_bytes=1,
+        memory_reserved_bytes=0,
+        memory_kind="dedicated",
+        mig_enabled=False,
+        mig_profile=None,
+        mig_parent=None,
+        display=False,
+        pci_bus_id="00000000:01:00.0",
+        pci_device_id="10de:20b2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "xids", "found", "says"),
+    [
+        ({}, [], [], ""),
+        ({}, [13, 31, 43, 45], [], ""),
+        ({}, [31, 79], ["xid"], "79 (fallen off the bus)"),
+        ({}, [144], ["xid"], "Xid 144"),
+        ({"remapped_rows": {"pending": True, "failed": False}}, [], ["row_remap_pending"], "reset"),
+        ({"remapped_rows": {"pending": True, "failed": True}}, [], ["row_remap_failed"], "could not replace"),
+        ({"remapped_rows": None, "ecc_uncorrected": 0, "throttle": 1}, [], [], ""),
+        ({"ecc_uncorrected": 2}, [], ["ecc_uncorrected"], "2 uncorrectable"),
+        ({"throttle": 0x4}, [], [], ""),
+        ({"throttle": 0x60}, [], ["thermal_slowdown"], "sw_thermal_slowdown, hw_thermal_slowdown"),
+    ],
+)
+def test_health_of_a_card(device: dict[str, Any], xids: list[int], found: list[str], says: str) -> None:
+    problems = gpu_facts.health_problems(accelerator(), device, xids)
+    assert [p.code for p in problems] == found
+    for problem in problems:
+        assert says in problem.message
+        assert (problem.device, len(problem.remedy) > 20) == ("GPU-1", True)
