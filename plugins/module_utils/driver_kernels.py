@@ -135,7 +135,7 @@ def dkms_state(
 
 
 def build_error(probe: ProbeRoot, path: str, release: str) -> Optional[str]:
-    """Return the first error line of a build's log, if the log is of this kernel."""
+    """Return the first error line of a build's log, if the log is of this kernel; a build that goes on has none."""
     data = probe.read_bytes(path, _LOG_LIMIT_BYTES)
     if data is None:
         return None
@@ -148,7 +148,7 @@ def build_error(probe: ProbeRoot, path: str, release: str) -> Optional[str]:
         for line in lines:
             if pattern.search(line):
                 return line[:300]
-    return f"the build ended without saying why, see {path}"
+    return None
 
 
 # ---- the module's file ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils import gpu_facts
 from ansible_collections.fleetfit.llm.plugins.module_utils.host_facts import facts_digest, host_facts
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import BLOCKING_PROBLEMS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LAB = CHECKOUT / "lab/nvml"
@@ -129,6 +130,25 @@ def test_each_fault_is_one_problem_with_a_remedy(
     # A card with a fault is still there: "no GPU" would be planned around silently.
     assert facts["stable"]["accelerators"]
     assert facts["stable"]["driver"]["version"] == "580.95.05"
+
+
+def test_cards_that_work_and_are_not_well_are_problems_that_stop_no_plan(host: SimulatedHost) -> None:
+    host.use("fault-health")
+    (host.root / "dev/kmsg").write_text(
+        "6,1,1,-;NVRM: Xid (PCI:0000:02:00): 31, pid=77, name=python, MMU Fault\n"
+        "6,2,2,-;NVRM: Xid (PCI:0000:04:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
+    )
+    facts = host.facts()
+    found = {problem["device"][-1] + " " + problem["code"] for problem in facts["problems"]}
+    assert found == {
+        "1 row_remap_pending",
+        "2 row_remap_failed",
+        "3 ecc_uncorrected",
+        "4 xid",
+        "4 thermal_slowdown",
+    }
+    assert all(accelerator["memory_total_bytes"] for accelerator in facts["stable"]["accelerators"])
+    assert not {problem["code"] for problem in facts["problems"]} & BLOCKING_PROBLEMS
 
 
 def test_a_lost_card_never_looks_unified_and_its_neighbour_goes_on(host: SimulatedHost) -> None:

@@ -264,3 +264,15 @@ def test_a_running_engine_is_charged_with_its_planned_bytes(
     assert devices()[1]["processes"][0]["pid"] == 78
     (release / "plan.json").write_text('{"deployments": [{"devices": [')
     assert devices()[1]["memory"]["used_bytes"] == 0, "half a plan charges nothing"
+
+
+def test_health_is_told_as_a_driver_does(library: Path) -> None:
+    """Rows to be replaced (not supported before Ampere), uncorrectable errors and heat."""
+    pending, failed, wrong, hot = ask(library, profile_path("fault-health"))["reading"]["devices"]
+    assert pending["remapped_rows"] == {"pending": True, "failed": False}
+    assert failed["remapped_rows"] == {"pending": False, "failed": True}
+    assert wrong["remapped_rows"] == {"pending": False, "failed": False}
+    assert [device["ecc_uncorrected"] for device in (pending, failed, wrong, hot)] == [0, 0, 3, 0]
+    assert hot["throttle"] == 0x60
+    (t4,) = ask(library, profile_path("t4"))["reading"]["devices"]
+    assert t4["remapped_rows"] is None

@@ -131,12 +131,20 @@ def test_dpkgs_database_tells_versions_and_holds(tmp_path: Path) -> None:
     host.package("nvidia-kernel-open-dkms", "580.95.05-1", maintainer=NVIDIA)
     host.package("nvidia-smi", "535.261.03-1~deb12u1", status="deinstall ok config-files")
     host.package("nvidia-cuda-toolkit", "11.8.89~11.8.0-5", status="hold ok installed")
+    host.package("nvidia-installer-cleanup", "20220217+3~deb12u1")
     host.package("bash", "5.2.15-2", status="hold ok installed")
     found = driver_packages.dpkg_packages((tmp_path / "var/lib/dpkg/status").read_text())
     assert found == {
         "libnvidia-ml1": Package("580.95.05-1", NVIDIA, True),
         "nvidia-kernel-open-dkms": Package("580.95.05-1", NVIDIA, False),
     }
+
+
+def test_half_a_driver_has_the_version_of_its_module(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.package("nvidia-kernel-dkms", "535.309.01-0+deb12u1", status="install ok half-configured")
+    installed = driver_packages.read_packages(host.probe, host.run).installed
+    assert (installed["version"], installed["flavour"]) == ("535.309.01", "proprietary")
 
 
 @pytest.mark.parametrize(
