@@ -24,13 +24,11 @@ _DRIVER_PACKAGE = re.compile(
     r"akmod-nvidia|dkms-nvidia|linux-(modules|objects|signatures)-nvidia|xserver-xorg-video-nvidia|"
     r"firmware-nvidia-gsp|xorg-x11-drv-nvidia|libnvcuvid1$)"
 )
-# What has such a name and is not the driver: toolkits, containers' tools, libraries above CUDA.
+# What has such a name and is not the driver: toolkits, containers' tools, libraries above CUDA, Debian's helpers.
 _NOT_DRIVER = re.compile(
     r"^(nvidia-(cuda-|container|docker|cudnn|nsight|vaapi|visual-profiler|profiler|opencl-dev|gds|fs|peermem|"
-    r"texture-tools|primus)|libnvidia-container|nvidia-driver-pinning)"
+    r"texture-tools|primus|installer-cleanup|support$)|libnvidia-container|nvidia-driver-pinning)"
 )
-# Canonical's prebuilt modules have the kernel's version; every other package of the driver has the driver's.
-_KERNEL_VERSIONED = re.compile(r"^linux-(modules|objects|signatures)-nvidia-")
 # Packages whose version is the user space's, the first that is installed counts: the management library
 # of Debian and NVIDIA's Debian repository, of Ubuntu, of the RHEL family, then what needs it.
 _USER_SPACE = (
@@ -40,8 +38,6 @@ _USER_SPACE = (
     re.compile(r"^nvidia-driver-cuda-libs$"),
     re.compile(r"^xorg-x11-drv-nvidia(-\d+xx)?-cuda-libs$"),
     re.compile(r"^(libcuda1|nvidia-driver-cuda|nvidia-smi|nvidia-driver)$"),
-    # Half a driver: the module's package alone.
-    re.compile(r"^nvidia-(.*-)?kernel-(open-)?dkms$|^nvidia-dkms(-|$)|^kmod-nvidia"),
 )
 _KERNEL_MODULES = re.compile(
     r"(-kernel-(open-)?dkms$|^nvidia-dkms(-|$)|^linux-(modules|objects)-nvidia-|^a?kmod-nvidia)"
@@ -101,11 +97,6 @@ def is_driver_package(name: str) -> bool:
     return bool(_DRIVER_PACKAGE.match(name)) and not _NOT_DRIVER.match(name)
 
 
-def _of_driver(name: str, version: str) -> bool:
-    """Tell the driver's packages from helpers of the same name, such as nvidia-support 20220217."""
-    return bool(version) and (bool(upstream_version(version)) or bool(_KERNEL_VERSIONED.match(name)))
-
-
 def dpkg_packages(status: str) -> dict[str, Package]:
     """Return the driver's installed packages from the text of dpkg's status file; the native one of two."""
     found: dict[str, Package] = {}
@@ -116,7 +107,7 @@ def dpkg_packages(status: str) -> dict[str, Package]:
             continue
         fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", paragraph, re.MULTILINE))
         wanted, _flag, state = (fields.get("Status", "") + "  ").split(" ")[:3]
-        if state in ("", "not-installed", "config-files") or not _of_driver(name, fields.get("Version", "")):
+        if state in ("", "not-installed", "config-files") or "Version" not in fields:
             continue
         if name not in found or fields.get("Architecture") != "i386":
             found[name] = Package(fields["Version"], fields.get("Maintainer", ""), wanted == "hold")
@@ -133,7 +124,7 @@ def rpm_packages(output: str, versionlock: str) -> dict[str, Package]:
     found = {}
     for line in output.splitlines():
         name, version, architecture, vendor = [*line.split("\t"), "", "", ""][:4]
-        if not is_driver_package(name) or not _of_driver(name, version):
+        if not is_driver_package(name) or not version:
             continue
         # versionlock's entries: a name, a pattern, or name-epoch:version-release.architecture.
         whole = {name, f"{name}-{version}.{architecture}", f"{name}-0:{version}.{architecture}"}

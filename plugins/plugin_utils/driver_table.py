@@ -26,7 +26,7 @@ def _gpus(state: Mapping[str, Any]) -> str:
 
 
 def _version(part: Mapping[str, Any]) -> str:
-    return " ".join(text for text in (part["version"], part["flavour"]) if text) or "-"
+    return " ".join(text for text in (part["version"], part["flavour"]) if text) if part["version"] else "-"
 
 
 def newer_candidate(state: Mapping[str, Any]) -> str:

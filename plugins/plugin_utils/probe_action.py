@@ -54,16 +54,14 @@ def driver_context(*, local: bool) -> dict[str, Any]:
 def known_branches() -> dict[str, dict[str, Any]]:
     """Return end of life and support of each driver branch in catalog/drivers.yml."""
     # Imported here: it needs jsonschema, which a probe without `drivers` does not.
-    from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import CATALOG_DIR, read_yaml
+    from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_drivers
 
-    path = CATALOG_DIR / "drivers.yml"
-    catalog = read_yaml(path) if path.exists() else {"branches": []}
     return {
         str(entry["branch"]): {
             "end_of_life": entry.get("end_of_life"),
             "supported": entry.get("supported", True),
         }
-        for entry in catalog["branches"]
+        for entry in load_drivers()["branches"]
     }
 
 

@@ -140,11 +140,13 @@ def test_dpkgs_database_tells_versions_and_holds(tmp_path: Path) -> None:
     }
 
 
-def test_half_a_driver_has_the_version_of_its_module(tmp_path: Path) -> None:
+def test_a_module_without_its_libraries_is_no_installed_driver(tmp_path: Path) -> None:
+    """What is installed is the user space: whoever decides would otherwise leave half a driver as it is."""
     host = Host(tmp_path)
     host.package("nvidia-kernel-dkms", "535.309.01-0+deb12u1", status="install ok half-configured")
     installed = driver_packages.read_packages(host.probe, host.run).installed
-    assert (installed["version"], installed["flavour"]) == ("535.309.01", "proprietary")
+    assert (installed["version"], installed["flavour"]) == (None, "proprietary")
+    assert set(installed["packages"]) == {"nvidia-kernel-dkms"}
 
 
 @pytest.mark.parametrize(
