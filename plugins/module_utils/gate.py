@@ -70,8 +70,8 @@ _OUT_OF_MEMORY = re.compile(
 _PORT_IN_USE = re.compile(
     r"couldn't bind HTTP server socket|address already in use|Errno 98\b", re.IGNORECASE
 )
-# Lines that our own polling makes in the engine's log are not progress.
-_ACCESS_LOG = re.compile(r"(GET|POST) /\S*|log_server_r|done request")
+# Lines that our own polling makes in the engine's log are not progress, nor is vLLM's report every 10 s.
+_ACCESS_LOG = re.compile(r"(GET|POST) /\S*|log_server_r|done request|Avg prompt throughput: ")
 # What stands before a line's text and differs each time: vLLM's process, level, time and source line; any time.
 _LINE_HEAD = re.compile(
     r"^\s*(?:\([^()]*pid=\d+\)\s*)*(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):?\s+)?"
@@ -90,10 +90,13 @@ _SAID_ELSEWHERE = re.compile(
 _BUFFER = re.compile(
     r"(?P<device>\S+)\s+(?P<kind>model|KV|RS|compute|output|LoRA) buffer size\s*=\s*(?P<mib>[0-9.]+) MiB"
 )
+# The CPU build (seen: 0.32.0) logs the size of the files in place of what loading took.
 _VLLM_TERMS = (
+    ("model_bytes", re.compile(r"Checkpoint size: ([0-9.]+) GiB"), GIB),
     ("model_bytes", re.compile(r"Model loading took ([0-9.]+) GiB"), GIB),
     ("kv_bytes", re.compile(r"Available KV cache memory: ([0-9.]+) GiB"), GIB),
-    ("kv_tokens", re.compile(r"GPU KV cache size: ([0-9,]+) tokens"), 1),
+    ("kv_bytes", re.compile(r"Explicitly set \(([0-9.]+)/[0-9.]+\) GiB for KV cache"), GIB),
+    ("kv_tokens", re.compile(r"[GC]PU KV cache size: ([0-9,]+) tokens"), 1),
 )
 
 
@@ -319,7 +322,7 @@ def said_why(lines: Sequence[str]) -> str:
         text = _LINE_HEAD.sub("", lines[position]).rstrip()
         if _SAID_WHY.search(text) and not _SAID_ELSEWHERE.search(text):
             if text.endswith(":") or "validation error" in text:  # pydantic says what is wrong a line below
-                text += " " + " ".join(_LINE_HEAD.sub("", line).strip() for line in lines[position + 1 :][:2])
+                text += " " + " ".join(_LINE_HEAD.sub("", line).strip() for line in lines[position + 1 :][:1])
             return text.strip()
     return ""
 
@@ -577,6 +580,10 @@ def read_stream(talk: Talk, path: str, body: Mapping[str, Any], *, token: str, t
             last = time.monotonic()
             pieces += 1
             first = last if first is None else first
+        if event.get("error"):
+            # A request that fails after its first byte was sent still has the status 200.
+            error = " ".join(json.dumps(event["error"]).split())[:300]
+            raise RefusedError("wrong_answer", f"{path} (streamed) ended with an error: {error}", 500)
         usage = event.get("usage") or usage
         timings = event.get("timings") or timings
     prompt, completion = _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")

@@ -37,7 +37,7 @@ LINE = "one two three four five six seven eight nine ten\n"
 # Each prompt begins with another letter, so that no cache of prompts has its beginning.
 LABELS = string.ascii_uppercase
 # The prompt is shorter than the context by the answer and by this many lines, whose tokens were not counted.
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 4
 SLACK_LINES = 1
 # Two prompts tell the tokens of a line; the longer one (about 300 tokens) tells the speed too.
 FIRST_LINES, SECOND_LINES = 2, 26

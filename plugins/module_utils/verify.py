@@ -110,7 +110,9 @@ def compare_memory(deployment: Mapping[str, Any], measured: Mapping[str, Any]) -
         if found:
             name = str(device.get("name") or device.get("id") or position)
             rows.append(_memory_row(name, device, [found]))
-    on_host = [terms for name, terms in measured.items() if name not in on_gpu and name != "vllm"]
+    # vLLM's figures are the host's where it ran on the CPU.
+    elsewhere = {*on_gpu, *(["vllm"] if devices else [])}
+    on_host = [terms for name, terms in measured.items() if name not in elsewhere]
     if on_host and host:
         rows.append(_memory_row("host", host, on_host))
     return rows
