@@ -46,13 +46,16 @@ THINKING_TOKENS = 1024
 LOG_TAIL_LINES = 20
 # Lines in which the cause of a death is looked for: vLLM's processes write a traceback of up to 100 lines each.
 CAUSE_LINES = 400
+CAUSE_CHARS = 600
 # Journal lines read for measurements: a start writes some hundreds, an hour of requests some thousands.
 LOG_LINES = 20_000
 CHAT_PATH = "/v1/chat/completions"
 POLL_S = 0.5
 PROBE_TIMEOUT_S = 5.0
-# Crashes reach the unit's state a moment after the connection broke: how long to look for one.
+# Crashes reach the unit's state a moment after the connection broke: how long to look for one. vLLM answers 500
+# when its engine dies, then takes its other processes down (seen: 3 s on a busy machine) and ends with code 0.
 CRASH_LOOK_S = 2.0
+SERVER_ERROR_LOOK_S = 15.0
 # How long the prompt that proves the memory may take to prefill (proof.py); 0: no such prompt.
 PROOF_S = 60.0
 # A log that never stops must not extend the wait for ever.
@@ -77,6 +80,8 @@ _LINE_HEAD = re.compile(
     r"^\s*(?:\([^()]*pid=\d+\)\s*)*(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):?\s+)?"
     r"(?:[\d.:,TZ+\-/]+\s+)*(?:\[[\w.]+:\d+\]\s?)?"
 )
+# What a Python library says of itself when its process ends, some hundred lines of it.
+_NOISE = re.compile(r"^nanobind: | - leaked |^ - \.\.\. skipped|nanobind\.readthedocs")
 # The last line of a Python traceback, and the errors of argument parsers and of llama.cpp that say why.
 _SAID_WHY = re.compile(
     r"^(?:[A-Za-z_][\w.]*(?:Error|Exception)\b(?::.*)?$|\S+: error: |error: |error while loading )"
@@ -84,7 +89,7 @@ _SAID_WHY = re.compile(
 )
 # These say that another process of the same engine has said why.
 _SAID_ELSEWHERE = re.compile(
-    r"[Ss]ee (?:root cause|stack trace)|EngineDeadError|Engine process failed|EngineCore encountered an issue"
+    r"(?:[Ss]ee|check the) (?:root cause|stack trace)|EngineDeadError|Engine process failed"
     r"|SystemExit|KeyboardInterrupt|exiting due to"
 )
 _BUFFER = re.compile(
@@ -298,12 +303,16 @@ def measured_memory(lines: Iterable[str]) -> dict[str, Any]:
 def classify(lines: Sequence[str], unit: UnitState) -> tuple[str, str]:
     """Return (state, cause) of an engine whose process died, from its last journal lines and its unit."""
     for pattern, state in ((_PORT_IN_USE, "port_in_use"), (_OUT_OF_MEMORY, "out_of_memory")):
-        for line in reversed(lines):
-            if pattern.search(line):
-                return state, line.strip()
+        found = [line.strip() for line in reversed(lines) if pattern.search(line)]
+        # Rather the line of the process that it happened to than one that repeats it.
+        first_hand = [line for line in found if not _SAID_ELSEWHERE.search(line)]
+        if found:
+            return state, [*first_hand, *found][0][:CAUSE_CHARS]
     if unit.result == "oom-kill":
         return "out_of_memory", "the kernel killed it for memory"
     ended = f"result {unit.result}" + (f", {unit.exit_code}" if unit.exit_code else "")
+    if unit.result == "success":
+        ended = "its process ended"
     for line in reversed(lines):
         if re.search(r"Main process exited|Failed at step|Failed to (load|run|set up)", line):
             ended = line.strip()
@@ -321,9 +330,10 @@ def said_why(lines: Sequence[str]) -> str:
     for position in range(len(lines) - 1, -1, -1):
         text = _LINE_HEAD.sub("", lines[position]).rstrip()
         if _SAID_WHY.search(text) and not _SAID_ELSEWHERE.search(text):
-            if text.endswith(":") or "validation error" in text:  # pydantic says what is wrong a line below
-                text += " " + " ".join(_LINE_HEAD.sub("", line).strip() for line in lines[position + 1 :][:1])
-            return text.strip()
+            if "validation error" in text:  # pydantic says what is wrong a line below, then shows the input
+                below = _LINE_HEAD.sub("", lines[position + 1]).strip() if position + 1 < len(lines) else ""
+                text += f": {below.partition(' [type=')[0]}"
+            return text.strip()[:CAUSE_CHARS]
     return ""
 
 
@@ -667,10 +677,10 @@ class Gate:
         )
         if crashed:
             time.sleep(POLL_S)  # the journal gets the process's last lines a moment later
-            state, cause = classify(self.log()[-CAUSE_LINES:], unit)
-            if state == "crashed" and unit.active == "inactive" and unit.result == "success":
-                return state, "the unit is not running"
-            return state, cause
+            lines = self.log()[-CAUSE_LINES:]
+            if unit.active == "inactive" and unit.result == "success" and not said_why(lines):
+                return "crashed", "the unit is not running"
+            return classify(lines, unit)
         if unit.active == "active":
             stranger = foreign_listener(self.spec.port, unit.control_group)
             if stranger:
@@ -720,7 +730,11 @@ class Gate:
             result = ask()
         except RefusedError as refusal:
             # What looks like a wrong answer may be the last breath of a process that is dying.
-            return self.failed(*(self._late_crash() or (refusal.state, refusal.message)))
+            if refusal.status < 500:
+                return self.failed(*(self._late_crash() or (refusal.state, refusal.message)))
+            why = said_why(self.log()[-CAUSE_LINES:])
+            message = f"{refusal.message}; its log says: {why}" if why else refusal.message
+            return self.failed(*(self._late_crash(SERVER_ERROR_LOOK_S) or (refusal.state, message)))
         except socket.timeout:
             message = f"it did not finish {what} in {self.limit_s:.0f} s"
             return self.failed(*(self._late_crash() or ("hung", message)))
@@ -734,8 +748,8 @@ class Gate:
         """Return ``text`` without the credential."""
         return redact([text], [self.key] if self.key else [])[0]
 
-    def _late_crash(self) -> Optional[tuple[str, str]]:
-        end = time.monotonic() + CRASH_LOOK_S
+    def _late_crash(self, look_s: Optional[float] = None) -> Optional[tuple[str, str]]:
+        end = time.monotonic() + (CRASH_LOOK_S if look_s is None else look_s)
         while time.monotonic() < end:
             problem = self._process_problem()
             if problem:
@@ -803,7 +817,7 @@ class Gate:
             "first_token_s": None,
             "tokens_per_s": None,
             "measured": measured,
-            "log_tail": log[-LOG_TAIL_LINES:],
+            "log_tail": [line for line in log if not _NOISE.search(line)][-LOG_TAIL_LINES:],
         }
         if state == "out_of_memory":
             result["planned"] = planned_memory(self.spec.plan)

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +148,7 @@ class Service(http.server.ThreadingHTTPServer):
 
     replies: dict[str, tuple[int, Any]]
     requests: list[tuple[str, str | None, Any]]
+    broken_stream = False
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -161,6 +163,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body.get("stream"):
             self.send_response(200)
             self.end_headers()
+            if self.server.broken_stream:
+                self.wfile.write(b'data: {"error": {"message": "EngineCore encountered an issue."}}\n\n')
+                return
             for word in ("Par", "is", "."):
                 event = {"choices": [{"delta": {"content": word}}]}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
@@ -182,6 +187,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
         server.requests = []
         # No unit stands behind this server whose crash could be looked for.
         monkeypatch.setattr(gate, "CRASH_LOOK_S", 0.0)
+        monkeypatch.setattr(gate, "SERVER_ERROR_LOOK_S", 0.0)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -264,3 +270,121 @@ def test_the_page_is_asked_as_its_admin(service: Service) -> None:
 def test_a_refused_sign_in_is_told_apart(service: Service) -> None:
     service.replies = {"/api/v1/auths/signin": (401, {"detail": "The email or password is incorrect."})}
     assert talk(service, "open_webui", admin_email="a@b")["state"] == "refused"
+
+
+LOGS = Path(__file__).parent / "data/vllm_logs"
+
+
+def vllm_log(name: str) -> list[str]:
+    """Return the log of a real vLLM; its README says how it was captured."""
+    return (LOGS / f"{name}.log").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "cause"),
+    [
+        (
+            "dies_at_first_request",
+            "crashed",
+            "RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 kv_cache_idx=0",
+        ),
+        (
+            "bad_argument",
+            "crashed",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig: Value error, "
+            "User-specified max_model_len (999999) is greater than the derived max_model_len",
+        ),
+    ],
+)
+def test_the_cause_is_the_line_of_the_process_that_died_first(name: str, state: str, cause: str) -> None:
+    found = gate.classify(vllm_log(name), UnitState(active="inactive"))
+    assert found[0] == state
+    assert found[1].startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "cause"),
+    [
+        ("gpu_worker_out_of_memory", "out_of_memory", "Tried to allocate 2.32 GiB"),
+        ("gpu_no_room_for_cache", "out_of_memory", "No available memory for the cache blocks"),
+        ("gpu_dies_while_serving", "crashed", "torch.AcceleratorError: CUDA error: misaligned address"),
+    ],
+)
+def test_the_cause_is_never_the_line_that_points_elsewhere(name: str, state: str, cause: str) -> None:
+    found = gate.classify(vllm_log(name), UnitState(active="failed", result="exit-code"))
+    assert found[0] == state
+    assert cause in found[1]
+    assert "Engine core initialization failed" not in found[1]
+
+
+def test_a_starting_vllm_moves_with_each_of_its_lines_and_not_with_its_reports() -> None:
+    seen: set[str] = set()
+    for line in vllm_log("start"):
+        step = gate.is_progress(line)
+        if "Avg prompt throughput" in line or '"GET /health' in line or '"POST /v1' in line:
+            assert step == "", line
+        elif step:
+            seen.add(step)
+    text = "\n".join(seen)
+    for moved in (
+        "Starting to load model",
+        "Completed | 1/1",
+        "Loading weights took",
+        "init engine",
+        "KV cache size",
+    ):
+        assert moved in text
+    assert "pid=" not in text
+    assert "11-24" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "(EngineCore pid=79) INFO 12-25 04:53:12 [backends.py:1148] Dynamo bytecode transform time: 8.52 s",
+        "(EngineCore pid=79) INFO 12-25 04:53:40 [monitor.py:34] torch.compile takes 26.70 s in total",
+        "Capturing CUDA graphs (decode, FULL):  75%|███████▍  | 38/51 [00:02<00:00, 15.69it/s]",
+        "(EngineCore pid=79) INFO 12-25 04:54:03 [gpu_model_runner.py:4587] Graph capturing finished in 9 secs",
+        "(Worker_TP0 pid=34322) INFO 05-06 20:59:59 [gpu_model_runner.py:4879] Model loading took 12.66 GiB memory",
+    ],
+)
+def test_a_vllm_on_a_gpu_moves_with_what_it_compiles_and_captures(line: str) -> None:
+    assert gate.is_progress(line)
+
+
+def test_the_same_warning_of_vllm_a_minute_later_is_no_progress() -> None:
+    text = "No available shared memory broadcast block found in 60 seconds."
+    first = f"(APIServer pid=7) INFO 11-24 11:26:45 [shm_broadcast.py:466] {text}"
+    assert gate.is_progress(first) == gate.is_progress(first.replace("11:26", "11:27")) == text
+
+
+def test_the_cpu_builds_figures_are_read() -> None:
+    measured = gate.measured_memory(vllm_log("start"))
+    assert measured == {"vllm": {"model_bytes": 256 * MIB, "kv_bytes": 1024 * MIB, "kv_tokens": 46592}}
+
+
+def test_an_answer_that_breaks_off_with_an_error_is_no_answer(service: Service) -> None:
+    service.replies = {CHAT: (200, completion("Paris"))}
+    service.broken_stream = True
+    result = talk(service)
+    assert result["state"] == "wrong_answer"
+    assert "ended with an error" in result["message"]
+
+
+def test_out_of_memory_shows_the_plans_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "read_log", lambda *arguments: ["CUDA0 model buffer size = 100.00 MiB"])
+    terms = dict.fromkeys(("weights", "kv_cache", "compute", "overhead", "margin"), 10 * MIB)
+    device = {"name": "A", **terms, "total": 50 * MIB, "budget": 60 * MIB}
+    plan = {"deployments": [{"devices": [device], "host": {}}]}
+    spec = gate.parse_gate("engine", GATE, {}, plan)
+    failed = gate.Gate(spec, since=None).failed("out_of_memory", "cudaMalloc failed")
+    assert failed["message"].startswith("cudaMalloc failed. Planned for A: weights 10 MiB + ")
+    assert failed["message"].endswith("The engine logged CUDA0: model 100 MiB.")
+    assert failed["planned"][0]["budget"] == 60 * MIB
+    assert "planned" not in gate.Gate(spec, since=None).failed("crashed", "x")
+
+
+@pytest.mark.parametrize("proof_s", [-1, "long"])
+def test_a_proof_of_no_length_is_refused(proof_s: Any) -> None:
+    with pytest.raises(FleetfitError, match="proof_s"):
+        gate.parse_gate("engine", {**GATE, "proof_s": proof_s}, {})

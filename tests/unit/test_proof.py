@@ -86,6 +86,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         server.prompts = []
         # No unit and no journal stand behind this server.
         monkeypatch.setattr(gate, "CRASH_LOOK_S", 0.0)
+        monkeypatch.setattr(gate, "SERVER_ERROR_LOOK_S", 0.0)
         monkeypatch.setattr(gate, "read_log", lambda *arguments: [])
         monkeypatch.setattr(proof, "read_log", lambda *arguments: [])
         monkeypatch.setattr(gate.Gate, "_process_problem", lambda self: None)
