@@ -100,7 +100,8 @@ def release(name: str, **other: Any) -> dict[str, Any]:
         "settings": {"n_ctx": 4096, "slots": 2},
         "argv": argv,
         "environ": {"TEST_RELEASE": name},
-        "plan": {"deployments": [deployment]},
+        # Variables of an inventory are templates, and so would the model's chat template be.
+        "plan": {"deployments": [{**deployment, "chat_template": None}]},
         "gate": {
             "kind": "llama_cpp",
             "url": f"http://127.0.0.1:{PORT}",

@@ -305,6 +305,7 @@ def test_the_cause_is_the_line_of_the_process_that_died_first(name: str, state: 
 @pytest.mark.parametrize(
     ("name", "state", "cause"),
     [
+        ("small_cache", "out_of_memory", "(0.04 GiB KV cache is needed, which is larger than"),
         ("gpu_worker_out_of_memory", "out_of_memory", "Tried to allocate 2.32 GiB"),
         ("gpu_no_room_for_cache", "out_of_memory", "No available memory for the cache blocks"),
         ("gpu_dies_while_serving", "crashed", "torch.AcceleratorError: CUDA error: misaligned address"),
