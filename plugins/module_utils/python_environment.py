@@ -101,11 +101,14 @@ def build(spec: EnvironmentSpec, run_command: RunCommand) -> bool:
         for argv in commands(spec, partial):
             code, out, err = run_command(argv, clean_environment(cache))
             if code != 0:
-                last = "; ".join((err.strip() or out.strip() or "no output").splitlines()[-4:])
+                lines = (line.strip() for line in (err.strip() or out.strip() or "no output").splitlines())
+                # uv takes seven lines to say which package has which hash in place of which.
+                last = "; ".join([line for line in lines if line][-8:])
                 raise FleetfitError(
                     f"{' '.join(argv[:3])} failed with exit code {code}: {last}.",
                     code="environment_failed",
-                    remedy="Check that the wheelhouse was built for this Python and architecture.",
+                    remedy="Check that the wheelhouse is whole, and was built for this Python and architecture:"
+                    " `fleetfit wheelhouse build` makes it again.",
                 )
         shutil.rmtree(cache)
         # uv's own lock, which everybody could write; nothing changes this environment any more.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.python_environment import EnvironmentSpec, build
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.wheelhouse import build_first, build_wheelhouse
+from uv import find_uv_bin
 
 
 def write_wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> str:
@@ -176,3 +181,53 @@ def test_what_an_interrupted_build_fetched_is_kept_if_it_is_sound(tmp_path: Path
     with pytest.raises(FleetfitError):
         build_wheelhouse(lock, "3.11", tmp_path / "cache")
     assert hashlib.sha256(kept.read_bytes()).hexdigest() == one
+
+
+def unpacked_environment(tmp_path: Path, index: Path) -> EnvironmentSpec:
+    """Return what a host would build, from a wheelhouse of two packages that it has unpacked."""
+    one, two = write_wheel(index, "one", "1.0"), write_wheel(index, "two", "2.0")
+    lock = write_lock(tmp_path / "lock.txt", f"one==1.0 --hash=sha256:{one}", f"two==2.0 --hash=sha256:{two}")
+    built = build_wheelhouse(lock, "3.12", tmp_path / "cache")
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(built.tar) as archive:
+        archive.extractall(unpacked, filter="data")
+    return EnvironmentSpec(
+        path=str(tmp_path / "envs/0123"),
+        uv=find_uv_bin(),
+        python=sys.executable,
+        requirements=str(unpacked / "requirements.txt"),
+        find_links=str(unpacked / "wheels"),
+        compile_bytecode=False,
+    )
+
+
+def call(argv: Sequence[str], environ: dict[str, str]) -> tuple[int, str, str]:
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_whole_wheelhouse_becomes_an_environment(tmp_path: Path, index: Path) -> None:
+    spec = unpacked_environment(tmp_path, index)
+    assert build(spec, call) is True
+    asked = [f"{spec.path}/bin/python", "-c", "import one, two; print(one.VERSION, two.VERSION)"]
+    assert subprocess.check_output(asked, text=True) == "1.0 2.0\n"
+
+
+@pytest.mark.parametrize("damage", ["missing", "replaced"])
+def test_a_missing_or_replaced_wheel_is_named_and_leaves_no_environment(
+    tmp_path: Path, index: Path, damage: str
+) -> None:
+    spec = unpacked_environment(tmp_path, index)
+    (wheel,) = Path(spec.find_links).glob("two-*.whl")
+    wheel.unlink()
+    if damage == "replaced":
+        other = tmp_path / "other"
+        other.mkdir()
+        write_wheel(other, "two", "2.0", "py3-none-manylinux_2_5_x86_64")
+        (other / "two-2.0-py3-none-manylinux_2_5_x86_64.whl").rename(wheel)
+    with pytest.raises(FleetfitError, match="two") as caught:
+        build(spec, call)
+    assert caught.value.code == "environment_failed"
+    if damage == "replaced":
+        assert "mismatch" in caught.value.message
+    assert not Path(spec.path).exists()
