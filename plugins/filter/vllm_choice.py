@@ -60,7 +60,6 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.vllm_wheels import choose_vllm_environment
-from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
 
 
 def _choice(
@@ -71,6 +70,9 @@ def _choice(
     device_uuids: Sequence[str] = (),
     on_cpu: bool = False,
 ) -> dict[str, Any]:
+    # Not above: ansible-doc reads this file where jsonschema is not installed.
+    from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
+
     by_uuid = {item["uuid"]: item for item in stable["accelerators"]}
     try:
         absent = [uuid for uuid in device_uuids if uuid not in by_uuid]

@@ -92,7 +92,7 @@ def gpu_problem(
     able = [
         wheel
         for wheel in wheels
-        if wheel.cuda is not None and any(_capable(wheel, capability, least) for _, capability in devices)
+        if wheel.cuda is not None and any(_capable(wheel, device[1], least) for device in devices)
     ]
     if not able:
         best = max(
@@ -227,9 +227,9 @@ def choose_vllm_environment(
     fitting = fitting_wheels(
         wheels, arch=arch, glibc=glibc, devices=devices, driver_version=driver_version, on_cpu=on_cpu
     )
-    usable = [wheel for wheel in fitting if any(other == wheel for _, other in offered)]
+    usable = [wheel for wheel in fitting if any(item[1] == wheel for item in offered)]
     if not usable:
-        raise _no_wheelhouse(fitting, [wheel for _, wheel in offered], driver_version)
+        raise _no_wheelhouse(fitting, [item[1] for item in offered], driver_version)
     refused: Optional[FleetfitError] = None
     for wheel in usable:
         entries = [
