@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -12,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.fleetfit.llm.plugins.plugin_utils.helper_zip import build_helper_zip
 
 from fleetfit.lab.images import ensure_image
 from fleetfit.lab.machine import container_options, init_command, look_at_machine, podman, refuse_reason
 
-HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
+from .helper_host import HelperHost
 
 
-class SystemdHost:
+class SystemdHost(HelperHost):
     """A container that runs systemd; everything goes through ``podman exec``, so it needs no network."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -38,13 +36,6 @@ class SystemdHost:
             timeout=300,
             **options,
         )
-
-    def run(self, *command: str, stdin: str = "", check: bool = True, timeout_s: float = 120) -> str:
-        """Run a command in the host and return what it wrote to standard output."""
-        done = self.run_raw(*command, stdin=stdin, timeout_s=timeout_s)
-        if check and done.returncode != 0:
-            raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
-        return done.stdout
 
     def run_raw(
         self, *command: str, stdin: str = "", timeout_s: float = 120, environ: dict[str, str] | None = None
@@ -72,12 +63,6 @@ class SystemdHost:
             timeout=120,
         )
 
-    def python(self, code: str, *arguments: str, timeout_s: float = 120) -> Any:
-        """Run Python code in the host with the helper's modules; return the JSON that it prints last."""
-        prefix = f"import sys, json; sys.path.insert(0, {HELPER!r})\n"
-        text = self.run("python3", "-", *arguments, stdin=prefix + code, timeout_s=timeout_s)
-        return json.loads(text.strip().splitlines()[-1]) if text.strip() else None
-
     def wait_booted(self) -> None:
         """Wait until systemd has started everything that it starts at boot."""
         end = time.monotonic() + 90
@@ -95,10 +80,6 @@ class SystemdHost:
         self.podman("start", self.name)
         self.wait_booted()
 
-    def show(self, unit: str, name: str) -> str:
-        """Return one property of a unit."""
-        return self.run("systemctl", "show", unit, f"--property={name}", "--value").strip()
-
 
 def start_host(folder: Path, image: str = "bookworm") -> SystemdHost:
     """Start a host and wait until systemd has booted it."""
@@ -109,9 +90,7 @@ def start_host(folder: Path, image: str = "bookworm") -> SystemdHost:
     options = [*container_options(host.machine), "--network=none", f"--name={host.name}"]
     host.podman("run", "--detach", *options, ensure_image(image), *init_command())
     host.wait_booted()
-    digest_folder = "/opt/fleetfit/libexec/test"
-    host.put(f"{digest_folder}/fleetfit-host.pyz", build_helper_zip(), "0755")
-    host.run("ln", "-sfn", "test", "/opt/fleetfit/libexec/current")
+    host.install_helper()
     return host
 
 

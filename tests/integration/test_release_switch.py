@@ -134,13 +134,13 @@ def precheck(model_mib: int, limit_mib: int = 1000) -> dict[str, Any]:
     return {"kind": "llama_fit_params", "argv": argv, "limits": limits}
 
 
-def thorough(mode: str, name: str) -> dict[str, Any]:
+def thorough(mode: str, name: str, **other: Any) -> dict[str, Any]:
     """Return a release whose switch has every step, and that changes the service's data when it starts."""
     backup = {"kind": "directory", "path": DATA}
     # Not proven before: each one is another release.
     environ = {"TEST_RELEASE": uuid.uuid4().hex}
     steps = {"precheck": precheck(100), "backup": backup, "environ": environ}
-    return spec(mode, name=name, state=f"{DATA}/version", release=steps)
+    return spec(mode, name=name, state=f"{DATA}/version", release=steps, **other)
 
 
 class Engine:
@@ -193,10 +193,8 @@ class Engine:
             time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def prepared(systemd_host: Any) -> Any:
-    """Return a host with the unit, its user and its programs, as the roles leave it."""
-    host = systemd_host
+def prepare(host: Any) -> Any:
+    """Give the host the unit, its user and its programs, as the roles leave them; return the host."""
     host.run("useradd", "--system", "--no-create-home", "fleetfit-llama")
     host.put("/opt/fleetfit/engine/envs/one/bin/engine", ENGINE.read_bytes(), "0755")
     host.put("/opt/fleetfit/engine/envs/one/bin/fit-params", FIT_PARAMS, "0755")
@@ -207,6 +205,12 @@ def prepared(systemd_host: Any) -> Any:
     host.run("systemctl", "daemon-reload")
     host.run("systemctl", "enable", "engine.service", "fleetfit-recover.service")
     return host
+
+
+@pytest.fixture(scope="module")
+def prepared(systemd_host: Any) -> Any:
+    """Return a prepared host in a container."""
+    return prepare(systemd_host)
 
 
 def clear(host: Any) -> Engine:

@@ -30,6 +30,16 @@ def test_only_debians_own_archive_is_taken_for_another_suite() -> None:
     ]
 
 
+def test_other_components_come_from_where_main_comes_from() -> None:
+    found = sources_for_suite(parse_sources(TARGETS), "bookworm", "bookworm", ("main", "contrib", "non-free"))
+    assert [source.line() for source in found][:3] == [
+        "deb http://archive.example/debian bookworm main",
+        "deb http://archive.example/debian bookworm contrib",
+        "deb http://archive.example/debian bookworm non-free",
+    ]
+    assert len(found) == 9
+
+
 def test_a_machine_of_another_distribution_has_none() -> None:
     assert sources_for_suite(parse_sources(TARGETS), "jammy", "trixie") == []
 

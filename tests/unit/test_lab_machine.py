@@ -8,11 +8,13 @@ import pytest
 
 from fleetfit.lab.machine import (
     PROGRAMS,
+    VM_PROGRAMS,
     Machine,
     cgroup_kind,
     container_options,
     container_runtime,
     missing_packages,
+    missing_vm_packages,
     podman,
     refuse_reason,
     ulimit_options,
@@ -95,6 +97,14 @@ def test_missing_programs_are_named_as_packages(lost: set[str], packages: list[s
 
 def test_hybrid_cgroups_need_runc_although_crun_is_there() -> None:
     assert missing_packages(replace(CONFINED, programs=EVERYTHING - {"runc"})) == ["runc"]
+
+
+def test_virtual_machines_need_qemu_and_no_podman() -> None:
+    assert missing_vm_packages(replace(WORKSTATION, programs=frozenset(VM_PROGRAMS))) == []
+    assert missing_vm_packages(WORKSTATION) == ["e2fsprogs", "qemu-system-x86", "qemu-utils", "util-linux"]
+    reason = refuse_reason(replace(WORKSTATION, root=False), missing_vm_packages)
+    assert reason is not None
+    assert "apt-get install e2fsprogs qemu-system-x86" in str(reason)
 
 
 def test_root_on_debian_is_not_refused_for_what_apt_can_install() -> None:

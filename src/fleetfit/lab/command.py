@@ -9,7 +9,7 @@ import click
 from . import containers
 from .console import console
 from .down import take_down
-from .paths import lab_paths
+from .paths import LabPaths, lab_paths
 from .status import as_document, look, print_status
 from .up import bring_up, lab_definition
 
@@ -92,3 +92,23 @@ def host_profile(name: str, profile: str) -> None:
 def host_down(name: str) -> None:
     """Remove the host NAME."""
     containers.stop_host(name)
+
+
+@lab.command("vm")
+@click.argument("name", default="vm")
+@click.option("--recipe", default="bookworm", show_default=True, help="A recipe of lab/vm_images.yml.")
+@click.option("--memory-mib", default=1536, show_default=True, type=click.IntRange(min=512))
+def vm(name: str, recipe: str, memory_mib: int) -> None:
+    """Run a fresh virtual machine until Ctrl-C: real kernel, boot loader and initramfs, emulated processor."""
+    from .ssh import config_path
+    from .vm import VirtualMachine
+
+    # A folder of its own: the ssh configuration of the lab's hosts stays as it is.
+    paths = LabPaths(lab_paths().folder / "vms" / name)
+    with VirtualMachine(name, paths, recipe=recipe, memory_mib=memory_mib) as machine:
+        console.print(f"It is up after {machine.boots_s[0]:.0f} s: ssh -F {config_path(paths)} {name}")
+        console.print(f"Console: {machine.console}; it ends with Ctrl-C.")
+        try:
+            machine.wait_off()
+        except KeyboardInterrupt:
+            console.print("Switched off; its disk is gone.")

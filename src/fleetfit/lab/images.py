@@ -46,18 +46,21 @@ def parse_sources(index_targets: str) -> list[AptSource]:
     return list(found)
 
 
-def sources_for_suite(sources: Sequence[AptSource], machine_suite: str, suite: str) -> list[AptSource]:
+def sources_for_suite(
+    sources: Sequence[AptSource], machine_suite: str, suite: str, components: Sequence[str] = ("main",)
+) -> list[AptSource]:
     """Return Debian's own sources of a machine on ``machine_suite``, for another ``suite`` of Debian.
 
-    Only ``main`` of the suite itself, its updates and its security archive count: other repositories
-    of the machine have no place in a lab host.
+    Only where ``main`` of the suite itself, its updates and its security archive come from counts: other
+    repositories of the machine have no place in a lab host. ``components`` are taken from there.
     """
     kinds = ("", "-updates", "-security")
     wanted = {f"{machine_suite}{kind}": f"{suite}{kind}" for kind in kinds}
     result: dict[AptSource, None] = {}
     for source in sources:
         if source.component == "main" and source.suite in wanted:
-            result[AptSource(source.uri, wanted[source.suite], "main")] = None
+            for component in components:
+                result[AptSource(source.uri, wanted[source.suite], component)] = None
     return list(result)
 
 
@@ -70,19 +73,20 @@ def machine_codename() -> str:
     return ""
 
 
-def find_sources(suite: str) -> list[AptSource]:
+def find_sources(suite: str, components: Sequence[str] = ("main",)) -> list[AptSource]:
     """Return apt sources for a Debian suite from FLEETFIT_DEBIAN_MIRROR or this machine's apt.
 
     Raises FleetfitError ``debian_sources_missing`` where neither has any.
     """
     mirror = os.environ.get("FLEETFIT_DEBIAN_MIRROR")
     if mirror:
-        return [AptSource(mirror.rstrip("/"), name, "main") for name in (suite, f"{suite}-updates")]
+        suites = (suite, f"{suite}-updates")
+        return [AptSource(mirror.rstrip("/"), name, part) for name in suites for part in components]
     form = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
     targets = output(
         ["apt-get", "indextargets", "--format", form, "Created-By: Packages"], what="read apt's sources"
     )
-    found = sources_for_suite(parse_sources(targets), machine_codename(), suite)
+    found = sources_for_suite(parse_sources(targets), machine_codename(), suite, components)
     if not found:
         raise FleetfitError(
             f"This machine's apt sources name no Debian archive to make a {suite} image from.",
@@ -168,7 +172,7 @@ def build_archive(recipe: dict[str, Any], name: str, archive: Path) -> None:
     argv += apt_options()
     argv += [f"--customize-hook={hook}" for hook in recipe["hooks"]]
     argv += ["--format=tar", recipe["suite"], str(partial)]
-    argv += [source.line() for source in find_sources(recipe["suite"])]
+    argv += [source.line() for source in find_sources(recipe["suite"], recipe.get("components", ["main"]))]
     log = archive.with_suffix(".log")
     run(
         argv,

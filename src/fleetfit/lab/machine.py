@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,16 @@ PROGRAMS = {
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
+# The same for virtual machines (lab/vm.py), which need no containers.
+VM_PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
+    "mkfs.ext4": "e2fsprogs",
+    "setpriv": "util-linux",
+    "mmdebstrap": "mmdebstrap",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Machine:
     nofile_hard: int  # -1: no limit
     nproc_hard: int  # -1: no limit
     pid_max: int  # /proc/sys/kernel/pid_max
-    programs: frozenset[str]  # of those in PROGRAMS and of the runtimes crun, runc, netavark, aardvark-dns
+    programs: frozenset[str]  # of those in PROGRAMS and VM_PROGRAMS, crun, runc, netavark, aardvark-dns
 
 
 def cgroup_kind(mounts: str) -> str:
@@ -70,7 +80,7 @@ def look_at_machine() -> Machine:
         if line.startswith("CapEff:"):
             effective = int(line.split()[1], 16)
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/lib/podman"])
-    wanted = [*PROGRAMS, "crun", "runc", "netavark", "aardvark-dns"]
+    wanted = [*PROGRAMS, *VM_PROGRAMS, "crun", "runc", "netavark", "aardvark-dns"]
     return Machine(
         root=os.geteuid() == 0,
         arch=os.uname().machine,
@@ -143,15 +153,25 @@ def missing_packages(machine: Machine) -> list[str]:
     return sorted(missing)
 
 
-def refuse_reason(machine: Machine) -> FleetfitError | None:
-    """Return why this machine cannot run the lab, with what to do; None where it can."""
+def missing_vm_packages(machine: Machine) -> list[str]:
+    """Return the Debian packages that virtual machines still need on this machine, sorted."""
+    return sorted({package for program, package in VM_PROGRAMS.items() if program not in machine.programs})
+
+
+def refuse_reason(
+    machine: Machine, needs: Callable[[Machine], list[str]] = missing_packages
+) -> FleetfitError | None:
+    """Return why this machine cannot run the lab, with what to do; None where it can.
+
+    ``needs`` tells which packages are missing: those of containers, or ``missing_vm_packages``.
+    """
     if machine.arch != "x86_64":
         return FleetfitError(
             f"The lab builds x86_64 hosts and this machine is {machine.arch}.",
             code="lab_arch_not_supported",
             remedy="Run the lab on an x86_64 machine; real hosts may be of either architecture.",
         )
-    missing = missing_packages(machine)
+    missing = needs(machine)
     if missing and not (machine.root and machine.debian_like):
         why = "this is not a Debian system" if machine.root else "you are not root"
         return FleetfitError(
@@ -174,13 +194,16 @@ def install_packages(packages: Sequence[str]) -> None:
     )
 
 
-def ready_machine() -> Machine:
-    """Return this machine's traits after installing what is missing; raises FleetfitError with a remedy."""
+def ready_machine(needs: Callable[[Machine], list[str]] = missing_packages) -> Machine:
+    """Return this machine's traits after installing what is missing; raises FleetfitError with a remedy.
+
+    ``needs`` as in ``refuse_reason``.
+    """
     machine = look_at_machine()
-    reason = refuse_reason(machine)
+    reason = refuse_reason(machine, needs)
     if reason is not None:
         raise reason
-    missing = missing_packages(machine)
+    missing = needs(machine)
     if missing:
         install_packages(missing)
         machine = look_at_machine()

@@ -80,7 +80,7 @@ def ssh_argv(paths: LabPaths, host: str, *command: str) -> list[str]:
     return ["ssh", "-F", str(config_path(paths)), "-o", "BatchMode=yes", host, *command]
 
 
-def wait_for_host(paths: LabPaths, host: str, timeout_s: float = 90) -> str:
+def wait_for_host(paths: LabPaths, host: str, timeout_s: float = 90, remedy: str | None = None) -> str:
     """Wait until the host answers over SSH and systemd has finished booting; return systemd's state.
 
     Raises FleetfitError ``lab_host_silent`` after ``timeout_s`` with what ssh said last.
@@ -101,7 +101,8 @@ def wait_for_host(paths: LabPaths, host: str, timeout_s: float = 90) -> str:
             raise FleetfitError(
                 f"The lab host {host} did not answer over SSH within {timeout_s:.0f} s: {' '.join(said)}",
                 code="lab_host_silent",
-                remedy=f"Look with `podman logs {paths.container(host)}`, or start over: "
+                remedy=remedy
+                or f"Look with `podman logs {paths.container(host)}`, or start over: "
                 "fleetfit lab down && fleetfit lab up.",
             )
         time.sleep(0.5)
