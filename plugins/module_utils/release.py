@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,9 @@ from .manifest import HostPaths, check_service_name, fsync_directory, safe_to_de
 SCHEMA_VERSION = 1
 # 64 bits: enough to tell a host's releases apart, short enough to read in a path and in a table.
 DIGEST_LENGTH = 16
+
+# The Python distributions whose version is the service's.
+DISTRIBUTIONS = {"open-webui": "open_webui", "vllm": "vllm"}
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _ENVIRON_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -49,6 +53,7 @@ class ReleaseSpec:
     environ: Mapping[str, str] = field(default_factory=dict)
     environ_credentials: Mapping[str, Union[str, Sequence[str]]] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
     gate: Mapping[str, Any] = field(default_factory=dict)
     precheck: Optional[Mapping[str, Any]] = None
     backup: Optional[Mapping[str, Any]] = None
@@ -179,6 +184,7 @@ def _contents(
         "schema_version": SCHEMA_VERSION,
         "service": spec.service,
         "digest": digest,
+        "version": spec.version,
         "environment": spec.environment,
         "links": dict(spec.links),
         "model_sha256": sorted(spec.model_sha256),
@@ -330,6 +336,38 @@ def read_plan(paths: HostPaths, service: str, digest: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # it is shown beside failures, and decides nothing
     return document if isinstance(document, dict) else {}
+
+
+def environment_version(environment: str, distribution: str) -> Optional[str]:
+    """Return the version of a Python distribution that is installed in an environment, or None.
+
+    Its metadata's directory is ``<name>-<version>.dist-info``, the name with underscores
+    (https://packaging.python.org/en/latest/specifications/recording-installed-packages/).
+    """
+    found = sorted(
+        glob.glob(f"{glob.escape(environment)}/lib/python3*/site-packages/{distribution}-*.dist-info")
+    )
+    if not found:
+        return None
+    return os.path.basename(found[0])[len(distribution) + 1 : -len(".dist-info")]
+
+
+def release_version(paths: HostPaths, service: str, digest: str) -> Optional[str]:
+    """Return the version of the program that a release runs, or None where nothing tells.
+
+    For a Python service what is installed in its environment; else what its role said, else the plan.
+    """
+    release = read_release(paths, service, digest)
+    distribution = DISTRIBUTIONS.get(service)
+    if distribution and release.get("environment"):
+        version = environment_version(paths.at(release["environment"]), distribution)
+        if version:
+            return version
+    if release.get("version"):
+        return str(release["version"])
+    deployments = read_plan(paths, service, digest).get("deployments") or [{}]
+    planned = deployments[0].get("engine_version")
+    return str(planned) if planned else None
 
 
 def current_digest(paths: HostPaths, service: str) -> Optional[str]:

@@ -36,6 +36,7 @@ from .release import (
     read_release,
     read_settings,
     release_path,
+    release_version,
 )
 from .units import MIB
 
@@ -46,7 +47,10 @@ HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
 # reverted: the old release serves again (or, at a first install, nothing does, as before).
 # failed: the gate failed and there was nothing to go back to that serves.
 FINAL_STATES = ("committed", "refused", "reverted", "failed")
-FORWARD_STEPS = ("precheck", "stop", "backup", "flip", "start", "gate", "prove", "record")
+FORWARD_STEPS = ("precheck", "stop", "backup", "put_back", "flip", "start", "gate", "prove", "record")
+# switch: to another release. rollback: the same, to an earlier one, which is then held. restart: the same
+# release again. restore: the same release with data from a backup.
+KINDS = ("switch", "rollback", "restart", "restore")
 REVERT_STEPS = (
     "revert_stop",
     "revert_flip",
@@ -118,18 +122,29 @@ def read_journal(paths: HostPaths, service: str) -> Optional[dict[str, Any]]:
 def read_good(paths: HostPaths, service: str) -> dict[str, Any]:
     """Return the record of good starts: ``digest``, ``restart_on``, ``history`` (newest first), ``gate``.
 
-    Also ``proofs`` (digest → how its memory was proven) and ``last_start`` (seconds, see _remember).
+    ``sequence`` has the releases in the order in which they were switched to, the newest first; unlike
+    ``history``, going back does not change it. ``hold`` is None or what a rollback left: ``release``,
+    ``instead_of`` and ``since`` (Unix seconds). Also ``proofs`` (digest → how its memory was proven) and
+    ``last_start`` (seconds, see _remember).
     """
+    document = _read_json(good_path(paths, service)) or {}
     return {
         "schema_version": SCHEMA_VERSION,
         "digest": None,
         "restart_on": {},
         "history": [],
+        "sequence": document.get("history", []),
+        "hold": None,
         "gate": None,
         "proofs": {},
         "last_start": None,
-        **(_read_json(good_path(paths, service)) or {}),
+        **document,
     }
+
+
+def end_hold(paths: HostPaths, service: str) -> None:
+    """Forget that a rollback holds the service where it is."""
+    _write_json(good_path(paths, service), {**read_good(paths, service), "hold": None})
 
 
 def is_running(journal: Optional[Mapping[str, Any]]) -> bool:
@@ -172,9 +187,19 @@ def switch_lock(paths: HostPaths, service: str, *, wait_s: float = 0.0) -> Itera
 
 
 def new_journal(
-    paths: HostPaths, service: str, digest: str, *, kind: str, keep: int, previous: Optional[str]
+    paths: HostPaths,
+    service: str,
+    digest: str,
+    *,
+    kind: str,
+    keep: int,
+    previous: Optional[str],
+    put_back: Optional[Mapping[str, Any]] = None,
 ) -> dict[str, Any]:
-    """Return the journal of a transaction that has not begun: what it needs to end without the controller."""
+    """Return the journal of a transaction that has not begun: what it needs to end without the controller.
+
+    ``put_back`` is the data that the service gets before it starts: ``source``, ``copy`` and ``name``.
+    """
     wanted = read_release(paths, service, digest)
     parse_gate(service, wanted["gate"], read_settings(paths, service, digest))
     conflicts = [check_service_name(name) for name in wanted.get("conflicts") or ()]
@@ -198,6 +223,7 @@ def new_journal(
         "revert_gate": None,
         "precheck": None,
         "backup": None,
+        "put_back": dict(put_back) if put_back else None,
         "taken_back": False,
         "started_at": None,
         "hashes": {},
@@ -469,9 +495,12 @@ class Transaction:
             self._restart()
             return
         release = read_release(self.paths, self.service, self.journal["to"])
-        if release.get("backup") and self.journal["from"]:
-            backups.check_room(self.paths, self.service, release["backup"])
-        if release.get("precheck"):
+        wanted_backup = self._wanted_backup(release)
+        put_back = self.journal.get("put_back")
+        if wanted_backup:
+            extra_bytes = backups.tree_bytes(put_back["copy"]) if put_back else 0
+            backups.check_room(self.paths, self.service, wanted_backup, extra_bytes)
+        if release.get("precheck") and self.journal["kind"] != "restore":
             where = release_path(self.service, self.journal["to"])
             environ = {name: fill_placeholders(value, where) for name, value in release["environ"].items()}
             self._do(
@@ -485,9 +514,12 @@ class Transaction:
                 )
                 return
         self._do("stop", self._stop_all)
-        if release.get("backup") and self.journal["from"]:
-            self._do("backup", lambda: {"backup": self._back_up(release["backup"])})
-        self._do("flip", lambda: self._flip(self.journal["to"]))
+        if wanted_backup:
+            self._do("backup", lambda: {"backup": self._back_up(wanted_backup)})
+        if put_back:
+            self._do("put_back", lambda: self._put_back(put_back))
+        if self.journal["kind"] != "restore":
+            self._do("flip", lambda: self._flip(self.journal["to"]))
         self._do("start", self._start)
         cause = self._judge()
         if cause is None:
@@ -510,8 +542,27 @@ class Transaction:
         else:
             self._end("failed", cause)
 
+    def _wanted_backup(self, release: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
+        """Return what to copy before ``release`` starts, or None where its start cannot change the data."""
+        spec: Optional[Mapping[str, Any]] = release.get("backup")
+        if not spec or not self.journal["from"]:
+            return None
+        if self.journal.get("put_back"):
+            return spec
+        old = read_release(self.paths, self.service, self.journal["from"])
+        return spec if backups.is_needed(spec, old, release) else None
+
     def _back_up(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        return backups.back_up(self.paths, self.service, spec, self.journal["from"], self.journal["id"])
+        previous = self.journal["from"]
+        facts = {
+            "version": release_version(self.paths, self.service, previous),
+            "environment": read_release(self.paths, self.service, previous).get("environment"),
+        }
+        return backups.back_up(self.paths, self.service, spec, previous, self.journal["id"], facts)
+
+    def _put_back(self, put_back: Mapping[str, Any]) -> None:
+        backups.give_to_owner(put_back["copy"], put_back["source"])
+        backups.restore(self.paths, put_back)
 
     def _stop(self) -> None:
         if _runs(self.service):
@@ -589,18 +640,33 @@ class Transaction:
     def _record(self) -> None:
         def record() -> None:
             self._displace()
-            self._remember(self.journal["to"], self.journal["gate"])
+            self._remember(self.journal["to"], self.journal["gate"], self._hold())
 
         self._do("record", record)
         self._end("committed")
 
-    def _remember(self, digest: str, gate: Mapping[str, Any]) -> None:
+    def _hold(self) -> Optional[dict[str, Any]]:
+        """Return what holds the service now that the transaction is good."""
+        kind = self.journal["kind"]
+        if kind == "rollback":
+            return {
+                "release": self.journal["to"],
+                "instead_of": self.journal["from"],
+                "since": time.time(),
+            }
+        hold: Optional[dict[str, Any]] = read_good(self.paths, self.service)["hold"]
+        return None if kind == "switch" else hold
+
+    def _remember(self, digest: str, gate: Mapping[str, Any], hold: Optional[Mapping[str, Any]]) -> None:
         good = read_good(self.paths, self.service)
         history = [digest, *[old for old in good["history"] if old != digest]]
         # Of releases that are gone nothing needs to be known.
         proofs = {old: proof for old, proof in good["proofs"].items() if old in history[:50]}
         if gate.get("proof"):
             proofs[digest] = dict(gate["proof"])
+        sequence = list(good["sequence"])
+        if digest not in sequence or (self.journal["kind"] == "switch" and digest == self.journal["to"]):
+            sequence = [digest, *[old for old in sequence if old != digest]]
         _write_json(
             good_path(self.paths, self.service),
             {
@@ -608,6 +674,8 @@ class Transaction:
                 "digest": digest,
                 "restart_on": self.journal["hashes"],
                 "history": history[:50],
+                "sequence": sequence[:50],
+                "hold": dict(hold) if hold else None,
                 "gate": dict(gate),
                 "proofs": proofs,
                 "last_start": {"digest": digest, "ready_s": gate.get("ready_s"), "stop_s": self._stop_s()},
@@ -655,12 +723,18 @@ class Transaction:
         gate = self.journal["revert_gate"]
         if gate["ok"]:
             # It was started with the files as they are now: the next run need not do so again.
-            self._remember(previous, gate)
+            self._remember(previous, gate, read_good(self.paths, self.service)["hold"])
         self._end("reverted" if gate["ok"] else "failed")
 
 
 def request(
-    paths: HostPaths, service: str, digest: str, *, kind: str = "switch", keep: int = 2
+    paths: HostPaths,
+    service: str,
+    digest: str,
+    *,
+    kind: str = "switch",
+    keep: int = 2,
+    put_back: Optional[Mapping[str, Any]] = None,
 ) -> dict[str, Any]:
     """Write the journal of a new transaction and return it, or that of one that is under way already."""
     end = time.monotonic() + REQUEST_WAIT_S
@@ -670,8 +744,11 @@ def request(
             if journal is not None and is_running(journal):
                 return journal
             if held:
-                previous = digest if kind == "restart" else current_digest(paths, service)
-                journal = new_journal(paths, service, digest, kind=kind, keep=keep, previous=previous)
+                same = kind in ("restart", "restore")
+                previous = digest if same else current_digest(paths, service)
+                journal = new_journal(
+                    paths, service, digest, kind=kind, keep=keep, previous=previous, put_back=put_back
+                )
                 _write_json(journal_path(paths, service), journal)
                 return journal
         if time.monotonic() >= end:
@@ -755,6 +832,78 @@ def wait_end(
         sleep(WAIT_POLL_S)
 
 
+def transact(
+    paths: HostPaths,
+    service: str,
+    digest: Optional[str],
+    *,
+    kind: str = "switch",
+    keep: int = 2,
+    helper: str = HELPER,
+    put_back: Optional[Mapping[str, Any]] = None,
+) -> dict[str, Any]:
+    """Request a transaction (``digest`` None: go on with the one under way), run it, return its journal."""
+    if not os.path.isfile(helper):
+        raise FleetfitError(
+            f"The host helper {helper} is not installed.",
+            code="helper_missing",
+            remedy="Run the module fleetfit.llm.host_helper first.",
+        )
+    journal = None
+    if digest is not None:
+        journal = request(paths, service, digest, kind=kind, keep=keep, put_back=put_back)
+    launch(service, helper=helper)
+    ended = wait_end(paths, service, helper=helper)
+    if journal is not None and ended.get("id") != journal["id"]:
+        raise FleetfitError(
+            f"Another switch of {service} took the place of this one.",
+            code="switch_busy",
+            remedy="Run the role again.",
+        )
+    return ended
+
+
+def explain_failure(journal: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return (message, code, remedy) of a transaction that did not end well."""
+    service, cause = journal["service"], journal["cause"] or {}
+    said = cause.get("message", "no reason is known")
+    if journal["state"] == "refused" and cause.get("state") == "error":
+        return (
+            f"{service} was not touched: {said}",
+            "switch_refused",
+            "Remove the cause and run it again.",
+        )
+    if journal["state"] == "refused":
+        return (
+            f"The release {journal['to']} of {service} was not tried: {said}. The old one was not touched.",
+            "precheck_failed",
+            "Plan again with the host's facts as they are now, or choose a smaller variant or context.",
+        )
+    state = cause.get("state", "unknown")
+    subject = f"The release {journal['to']}"
+    if journal["kind"] == "restore":
+        subject = f"With the backup {journal['put_back']['name']}, the release {journal['to']}"
+    what = f"{subject} of {service} failed at '{cause.get('step')}' ({state}): {said}."
+    remedy = f"Read gate.log_tail below, or journalctl -u {service} on the host, and run the role again."
+    if state == "port_in_use":
+        remedy = "Stop what holds the port, or give the service another one, and run the role again."
+    if state == "out_of_memory":
+        remedy = (
+            "Free what other programs hold of that memory, or plan for less (fleetfit_slots,"
+            " fleetfit_min_context_tokens, a smaller variant). The same arguments were not tried again with others."
+        )
+    if journal["state"] == "reverted":
+        if journal.get("displaced"):
+            return f"{what} {' and '.join(journal['displaced'])} serves again.", "gate_failed", remedy
+        serves = f"{journal['from']} serves again." if journal["from"] else "Nothing was running before it."
+        if journal["kind"] == "restore":
+            serves = "The data that it replaced is back, and serves again."
+        return f"{what} {serves}", "gate_failed", remedy
+    if journal["revert_gate"]:
+        what += f" The old release {journal['from']} did not come back: {journal['revert_gate']['message']}."
+    return what, "service_down", remedy
+
+
 def kept_releases(paths: HostPaths, service: str, keep: int) -> list[str]:
     """Return the digests that stay: what ``current`` points to and the last good ones, ``keep`` in all."""
     present = [
@@ -767,12 +916,18 @@ def kept_releases(paths: HostPaths, service: str, keep: int) -> list[str]:
     return kept[: max(keep, 1)]
 
 
-def clean(paths: HostPaths, service: str, keep: int, *, check_mode: bool = False) -> list[str]:
-    """Delete what the last ``keep`` releases do not need, and return it; nothing during a switch."""
+def clean(
+    paths: HostPaths, service: str, keep: int, *, also: Sequence[str] = (), check_mode: bool = False
+) -> list[str]:
+    """Delete what the last ``keep`` releases do not need, and return it; nothing during a switch.
+
+    ``also`` are releases that stay although they never served.
+    """
     with switch_lock(paths, service) as held:
         if not held or is_running(read_journal(paths, service)) or current_digest(paths, service) is None:
             return []
         kept = kept_releases(paths, service, keep)
+        kept += [digest for digest in also if digest not in kept]
         if check_mode:
             return garbage(paths, service, kept) + backups.superseded(paths, service, kept)
         return collect_garbage(paths, service, kept) + backups.discard(paths, service, kept)

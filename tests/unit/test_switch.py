@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.fleetfit.llm.plugins.module_utils import backup, switch
+from ansible_collections.fleetfit.llm.plugins.module_utils import switch
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.manifest import HostPaths
 
@@ -23,7 +23,11 @@ DECISIONS = [
     ("precheck", "switch", None, "refuse"),
     ("stop", "switch", None, "revert"),
     ("backup", "switch", None, "revert"),
+    ("put_back", "rollback", None, "revert"),
+    ("put_back", "restore", None, "revert"),
     ("flip", "switch", None, "revert"),
+    ("gate", "restore", NOT_OK, "revert"),
+    ("gate", "rollback", OK, "complete"),
     ("start", "switch", None, "revert"),
     ("gate", "switch", None, "revert"),
     ("gate", "switch", NOT_OK, "revert"),
@@ -134,71 +138,51 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     assert switch.read_journal(paths, "absent") is None
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> tuple[HostPaths, Path]:
-    """Return a host with a service's data."""
-    folder = tmp_path / "var/lib/fleetfit/page/data"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "webui.db").write_text("old")
-    (folder / "deep" / "file").write_text("x")
-    (folder / "deep" / "file").chmod(0o640)
-    (folder / "link").symlink_to("webui.db")
-    return HostPaths(str(tmp_path)), folder
+def transaction(paths: HostPaths, kind: str, came_from: str, to: str) -> switch.Transaction:
+    journal: dict[str, Any] = {"service": "engine", "kind": kind, "from": came_from, "to": to, "hashes": {}}
+    journal.update(steps=[], started_at=None)
+    return switch.Transaction(paths, journal)
 
 
-SPEC = {"kind": "directory", "path": "/var/lib/fleetfit/page/data"}
+def test_going_back_keeps_the_order_and_holds_until_the_next_switch(tmp_path: Path) -> None:
+    paths = HostPaths(str(tmp_path))
+    os.makedirs(paths.switch())
+
+    def commit(kind: str, came_from: str, to: str) -> dict[str, Any]:
+        work = transaction(paths, kind, came_from, to)
+        work._remember(to, OK, work._hold())
+        return switch.read_good(paths, "engine")
+
+    commit("switch", "", "a")
+    commit("switch", "a", "b")
+    good = commit("rollback", "b", "a")
+    assert (good["sequence"], good["history"]) == (["b", "a"], ["a", "b"])
+    assert (good["hold"]["release"], good["hold"]["instead_of"]) == ("a", "b")
+    for kind in ("restart", "restore"):
+        assert commit(kind, "a", "a")["hold"]["release"] == "a"
+    good = commit("switch", "a", "c")
+    assert (good["sequence"], good["hold"]) == (["c", "b", "a"], None)
+    commit("rollback", "c", "b")
+    switch.end_hold(paths, "engine")
+    assert switch.read_good(paths, "engine")["hold"] is None
+    assert switch.read_good(paths, "engine")["history"][0] == "b"
 
 
-def listing(folder: Path) -> list[Any]:
-    """Return names, modes, owners, link targets and contents of a tree."""
-    return sorted(
-        (
-            str(path.relative_to(folder)),
-            path.lstat().st_mode,
-            path.lstat().st_uid,
-            os.readlink(path) if path.is_symlink() else path.read_text() if path.is_file() else "",
-        )
-        for path in folder.rglob("*")
-    )
+def test_a_record_of_an_older_fleetfit_is_read(tmp_path: Path) -> None:
+    paths = HostPaths(str(tmp_path))
+    os.makedirs(paths.switch())
+    Path(switch.good_path(paths, "engine")).write_text('{"schema_version": 1, "history": ["b", "a"]}')
+    good = switch.read_good(paths, "engine")
+    assert (good["sequence"], good["hold"]) == (["b", "a"], None)
 
 
-def test_a_backup_is_put_back_exactly_and_again(data: tuple[HostPaths, Path]) -> None:
-    paths, folder = data
-    before = listing(folder)
-    done = backup.back_up(paths, "page", SPEC, "abc", "1234567890")
-    (folder / "webui.db").write_text("migrated")
-    (folder / "new").write_text("x")
-    backup.restore(paths, done)
-    assert listing(folder) == before
-    # Cut short between its two renames: what is there now is gone, and the copy still serves.
-    folder.rename(folder.with_name("data.failed"))
-    backup.restore(paths, done)
-    assert listing(folder) == before
-    assert os.listdir(folder.parent) == ["data"]
-    assert stat.S_IMODE(os.stat(backup.backups_directory(paths, "page")).st_mode) == 0o700
-
-
-def test_the_newest_backup_of_each_kept_release_stays(data: tuple[HostPaths, Path]) -> None:
-    paths, _ = data
-    for release, transaction in (("old", "1" * 8), ("kept", "2" * 8), ("kept", "3" * 8)):
-        backup.back_up(paths, "page", SPEC, release, transaction)
-    directory = Path(backup.backups_directory(paths, "page"))
-    (directory / "kept-44444444.partial").mkdir()
-    removed = [os.path.basename(path) for path in backup.discard(paths, "page", ["kept"])]
-    assert removed == ["kept-22222222", "kept-44444444.partial", "old-11111111"]
-    assert os.listdir(directory) == ["kept-33333333"]
-    assert backup.discard(paths, "nothing", ["kept"]) == []
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"kind": "tar", "path": "/var/lib/fleetfit/x"},
-        {"kind": "directory", "path": "/etc"},
-        {"kind": "directory"},
-    ],
-)
-def test_what_is_not_ours_is_not_backed_up(spec: dict[str, Any]) -> None:
-    with pytest.raises(FleetfitError) as caught:
-        backup.check_backup(spec)
-    assert caught.value.code == "bad_backup"
+def test_what_a_failed_restore_did_is_said(tmp_path: Path) -> None:
+    journal = {
+        **{"service": "page", "kind": "restore", "from": "a", "to": "a", "state": "reverted"},
+        **{"put_back": {"name": "manual-1"}, "revert_gate": OK},
+        "cause": {"step": "gate", "state": "crashed", "message": "it ended"},
+    }
+    message, code, _ = switch.explain_failure(journal)
+    assert code == "gate_failed"
+    assert "manual-1" in message
+    assert "The data that it replaced is back" in message
