@@ -9,6 +9,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.errors import Fleetfi
 from ansible_collections.fleetfit.llm.plugins.module_utils.python_runtime import (
     choose_environment,
     choose_interpreter,
+    needed_bytes,
     source_of,
 )
 
@@ -95,3 +96,10 @@ def test_sources() -> None:
     assert source_of({"path": "/x"}) == {"type": "file", "path": "/x", "location": "controller"}
     with pytest.raises(FleetfitError, match="neither url nor path"):
         source_of({"sha256": "0"})
+
+
+def test_an_environment_needs_its_wheels_and_what_they_become() -> None:
+    assert needed_bytes(wheelhouse("3.11", size=100, environment_size=350)) == 450
+    assert needed_bytes(wheelhouse("3.11", size=100)) == 500
+    choice = choose_environment("s", [wheelhouse("3.11", size=100)], [], system_python="3.11.2", **HOST)
+    assert choice["needed_bytes"] == 500
