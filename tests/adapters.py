@@ -25,9 +25,9 @@ def weights(seed: int, *, layers: int = LAYERS, rank: int = RANK, strength: floa
     found = {}
     for layer in range(layers):
         for matrix, (inputs, outputs) in MATRICES.items():
-            a = generator.standard_normal((rank, inputs)).astype(np.float32) / np.sqrt(inputs)
-            b = generator.standard_normal((outputs, rank)).astype(np.float32) * strength
-            found[layer, matrix] = (a, b)
+            a = generator.standard_normal((rank, inputs)) / np.sqrt(inputs)
+            b = generator.standard_normal((outputs, rank)) * strength
+            found[layer, matrix] = (a.astype(np.float32), b.astype(np.float32))
     return found
 
 

@@ -123,10 +123,11 @@ def llama_lora_args(settings: Mapping[str, Any], directory: str) -> list[str]:
     """Return the arguments that load the LoRA adapters, in the plan's order, which is that of their ids.
 
     Each begins with scale 0: a request that names no adapter is answered by the model alone
-    (``--lora`` would apply every adapter to every request).
+    (``--lora`` would apply every adapter to every request). Prompts are not kept then: this llama-server
+    (11434) goes on with what an adapter made of the same prompt when the next request names none.
     """
     files = [f"{directory}/{link_name(item['name'])}/{item['file']}:0" for item in settings["lora"]]
-    return ["--lora-scaled", ",".join(files)] if files else []
+    return ["--lora-scaled", ",".join(files), "--no-cache-prompt"] if files else []
 
 
 def llama_server_argv(

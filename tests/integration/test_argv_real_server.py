@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +144,13 @@ def free_port() -> int:
 
 @contextmanager
 def serve(
-    binary: Path, settings: Mapping[str, Any], tmp_path: Path, template: str | None
+    binary: Path,
+    settings: Mapping[str, Any],
+    tmp_path: Path,
+    template: str | None,
+    *,
+    adapters_directory: str = "",
+    more: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run the server with a plan's settings as the role does."""
     port = free_port()
@@ -161,7 +167,9 @@ def serve(
         port=port,
         api_key_file=str(key_file),
         chat_template_file=str(template_file) if template else None,
+        adapters_directory=adapters_directory,
     )
+    argv += more
     log = tmp_path / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(

