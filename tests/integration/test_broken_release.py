@@ -58,7 +58,7 @@ while True:
         ok = False
     with open(sys.argv[2], "a") as stream:
         stream.write(json.dumps([begun, time.time(), ok]) + "\\n")
-    time.sleep(0.1)
+    time.sleep(0.5)
 """
 PLAY = """\
 - hosts: all
@@ -83,7 +83,8 @@ PLAY = """\
 def release(name: str, **other: Any) -> dict[str, Any]:
     """Return a release of the real engine with the lab's model and the plan's own arguments."""
     deployment, _ = lab_plan()
-    settings = {**deployment["settings"], "n_ctx": 4096, "slots": 2}
+    # One thread: two wait for each other, which takes minutes on a machine with more hosts than processors.
+    settings = {**deployment["settings"], "n_ctx": 2048, "slots": 2, "threads": 1}
     argv = llama_server_argv(
         settings,
         binary="{release}/env/bin/llama-server",
@@ -97,7 +98,7 @@ def release(name: str, **other: Any) -> dict[str, Any]:
     return {
         "environment": "/opt/fleetfit/llama-server/envs/real",
         "model": "/var/lib/fleetfit/models/m/whole",
-        "settings": {"n_ctx": 4096, "slots": 2},
+        "settings": {"n_ctx": 2048, "slots": 2},
         "argv": argv,
         "environ": {"TEST_RELEASE": name},
         # Variables of an inventory are templates, and so would the model's chat template be.
@@ -107,7 +108,7 @@ def release(name: str, **other: Any) -> dict[str, Any]:
             "url": f"http://127.0.0.1:{PORT}",
             "credential": KEY_FILE,
             "model": "m",
-            "timeout_s": 60,
+            "timeout_s": 300,
             "proof_s": 5,
         },
         **other,
@@ -116,7 +117,7 @@ def release(name: str, **other: Any) -> dict[str, Any]:
 
 # What is wrong with the new release, and what the play says of it.
 DYING = [
-    *["{release}/env/bin/engine", "--mode=dies", f"--port={PORT}", "--n-ctx=2048"],
+    *["{release}/env/bin/engine", "--mode=dies", f"--port={PORT}", "--n-ctx=1024"],
     *["--api-key-file", "{credentials}/api-key"],
 ]
 BROKEN = {
@@ -141,7 +142,8 @@ class Fleet:
             (folder / name).mkdir()
             controller = Controller(host, folder / name)
             document = json.loads(controller.inventory.read_text())
-            self.inventory[name] = document["all"]["hosts"]["host"]
+            # Each host has its own file of known keys, in which it is called "host".
+            self.inventory[name] = {**document["all"]["hosts"]["host"], "ansible_host": "host"}
         (folder / "play.yml").write_text(PLAY)
 
     def play(self, wanted: dict[str, dict[str, Any]]) -> tuple[int, str, dict[str, dict[str, int]]]:
@@ -166,7 +168,7 @@ class Fleet:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=900,
         )
         recap = {}
         for line in done.stdout.split("PLAY RECAP")[-1].splitlines():

@@ -294,7 +294,7 @@ def test_an_engine_that_cannot_run_beside_this_one_gives_way(other_engine: Engin
     assert states(other_engine.host, "engine") == ("active", "enabled")
 
 
-@pytest.mark.parametrize("fault", [None, "after:stop", "before:revert_displaced"])
+@pytest.mark.parametrize("fault", [None, "after:stop", "before:revert_displaced", "after:revert_displaced"])
 def test_an_engine_that_gave_way_in_vain_serves_again(other_engine: Engine, fault: str | None) -> None:
     wanted = spec("dies", release={"conflicts": ["other-engine"]})
     if fault is None:

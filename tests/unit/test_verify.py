@@ -24,7 +24,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.verify import (
 )
 from click.testing import CliRunner
 
-from fleetfit.verify import EXIT_FAILED, EXIT_NOT_CHECKED, EXIT_OK, Outcome, verify
+from fleetfit.verify import EXIT_FAILED, EXIT_NOT_CHECKED, EXIT_OK, Outcome, memory_text, verify
 
 MIB = 1024 * 1024
 GPU_DEPLOYMENT: dict[str, Any] = {
@@ -212,3 +212,27 @@ def test_expected_is_a_regular_expression() -> None:
     result = CliRunner().invoke(verify, ["--expected", "("])
     assert isinstance(result.exception, FleetfitError)
     assert "--expected '(' is not a regular expression" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("proof", "text"),
+    [
+        (None, ""),
+        ({"slots": 1, "shortened": False}, "proven: 8,180 of 8,192 tokens"),
+        ({"slots": 2, "shortened": False}, "proven: 2 x 8,180 of 8,192 tokens"),
+        ({"slots": 1, "shortened": True}, "proven: 8,180 of 8,192 tokens, shortened"),
+    ],
+)
+def test_the_table_shows_the_prompt_that_proved_the_memory(proof: Any, text: str) -> None:
+    tokens = {"prompt_tokens": 8180, "of_tokens": 8192}
+    report = {"memory": [], "proof": {**tokens, **proof} if proof else None}
+    assert memory_text(report) == text
+
+
+def test_vllm_on_the_cpu_is_compared_with_the_hosts_memory() -> None:
+    host = {"weights": 256 * MIB, "kv_cache": 512 * MIB, "margin": 0, "total": 800 * MIB}
+    deployment = {**GPU_DEPLOYMENT, "cpu_mapping": {"host": host}}
+    measured = {"vllm": {"model_bytes": 256 * MIB, "kv_bytes": 1024 * MIB, "kv_tokens": 46592}}
+    (row,) = compare_memory(deployment, measured)
+    assert (row["device"], row["measured"]["weights"], row["ok"]) == ("host", 256 * MIB, True)
+    assert row["measured"]["kv_cache"] == 512 * MIB
