@@ -115,9 +115,18 @@ def test_dkms_built_and_not_installed(host: Host) -> None:
     assert states(host) == ["installed", "built"]
 
 
-def test_a_failed_build_gives_the_logs_error_line(host: Host) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        "DKMS make.log for nvidia-current-535.261.03 for kernel",  # dkms 3.0.10, Debian 12
+        "DKMS (dkms-3.2.2) make.log for nvidia-current/535.261.03 for kernel",  # Debian 13
+    ],
+)
+def test_a_failed_build_gives_the_logs_error_line(host: Host, head: str) -> None:
     host.dkms("535.261.03", OLD)
-    host.write("var/lib/dkms/nvidia-current/535.261.03/build/make.log", LOG.format(release=NEW))
+    log = LOG.format(release=NEW).replace("DKMS make.log for nvidia-current-535.261.03 for kernel", head)
+    assert head in log
+    host.write("var/lib/dkms/nvidia-current/535.261.03/build/make.log", log)
     old, new = driver_kernels.kernels(host.probe, host.run)
     assert (old["dkms"], new["dkms"]) == ("installed", "failed")
     assert new["dkms_error"].endswith("fatal error: drm/drm_x.h: No such file")
