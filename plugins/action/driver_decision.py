@@ -21,7 +21,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Decide; an error of ours fails the task with code and remedy."""
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _, arguments = self.validate_argument_spec({"wanted": {"type": "dict", "required": True}})
+        arguments = self.validate_argument_spec({"wanted": {"type": "dict", "required": True}})[1]
         state = (task_vars or {}).get("ansible_facts", {}).get("fleetfit_drivers")
         try:
             if state is None and arguments["wanted"].get("source") != "none":

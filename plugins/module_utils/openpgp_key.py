@@ -61,7 +61,7 @@ def _binaries(key: bytes) -> Iterator[bytes]:
     for match in _ARMOR.finditer(key):
         text = match.group(1)
         # Headers end at the first empty line; without headers the block begins with one.
-        _, _, body = text.partition(b"\n\n") if b"\n\n" in text else text.partition(b"\r\n\r\n")
+        body = text.partition(b"\n\n" if b"\n\n" in text else b"\r\n\r\n")[2]
         lines = (body or text).split()
         try:
             yield base64.b64decode(

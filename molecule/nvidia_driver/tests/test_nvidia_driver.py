@@ -17,7 +17,8 @@ def release(machine: Host) -> str:
 
 def driver_packages(machine: Host) -> list[str]:
     lines = machine.check_output(
-        "dpkg-query -W -f '${Package} ${db:Status-Abbrev}\n' '*nvidia*' libcuda1 | grep ' .i'"
+        "dpkg-query -W -f '${Package} ${db:Status-Abbrev}\n' 'nvidia-*' 'libnvidia-*' 'firmware-nvidia-*' libcuda1 "
+        "| grep ' .i'"
     )
     return [line.split()[0] for line in lines.splitlines()]
 
@@ -93,6 +94,13 @@ def test_the_manifest_tells_what_is_managed(machine: Host) -> None:
     assert section["branch"] == BRANCHES[release(machine)]
     assert section["version"].startswith(f"{section['branch']}.")
     assert "libcuda1" in section["held"]
+
+
+def test_a_refused_repository_left_nothing(machine: Host) -> None:
+    """The scenario's side_effect asked for one with another key, and for one that does not answer."""
+    assert not machine.file("/etc/apt/sources.list.d/refused.sources").exists
+    assert not machine.file("/etc/apt/keyrings/refused.asc").exists
+    assert machine.package("libcuda1").is_installed
 
 
 def test_the_host_was_not_rebooted(machine: Host) -> None:
