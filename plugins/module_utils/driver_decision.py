@@ -407,6 +407,8 @@ def _decide_packages(
     packages += _cuda_toolkit(work, source, branch)
     dkms = entry["modules"] == "dkms"
 
+    remove = sorted((_names_of_other_flavours(source, flavour) - set(packages)) & set(installed["packages"]))
+
     change, why = _change(wanted, installed, branch, flavour)
     fabric = state["fabricmanager"]["installed_version"]
     fabric_wanted = wanted.fabric_manager == "auto" and state["nvswitch_count"] > 0
@@ -439,6 +441,8 @@ def _decide_packages(
         work.act("install_headers", "the module is built against them", list(dict.fromkeys(names)))
     if change is not None:
         work.act("install_packages", why, packages)
+        if remove:
+            work.act("remove_packages", "kernel modules of two flavours would be in each other's way", remove)
     if unbuilt or (change is not None and dkms and kernels):
         work.act(
             "build_modules",
@@ -480,6 +484,7 @@ def _decide_packages(
         branch=branch,
         flavour=flavour,
         packages=packages,
+        remove=remove if change is not None else [],
         hold=hold if change is None else packages,
         unhold=unhold,
         repository=_repository(work, repository),
@@ -518,6 +523,16 @@ def package_names(names: Sequence[str], *, branch: str, flavour: str, kernels: S
             for kernel_flavour in flavours
         )
     )
+
+
+def _names_of_other_flavours(source: Mapping[str, Any], flavour: str) -> set[str]:
+    """Return what a source's other flavours would install; names of branches are apt's own conflicts."""
+    return {
+        name
+        for packages in source["packages"]
+        if flavour not in packages["flavours"]
+        for name in packages["names"]
+    }
 
 
 def _kernels(work: _Work) -> list[dict[str, Any]]:
@@ -602,7 +617,7 @@ def _change(
     if installed["flavour"] and installed["flavour"] != flavour:
         return "upgrade", f"{flavour} modules are wanted and {installed['flavour']} ones are installed"
     if not installed["flavour"] and installed["packages"]:
-        return "install", "the libraries are installed and the kernel modules are not"
+        return "install", "the libraries are installed, and kernel modules of no flavour or of two"
     return None, "what is wanted is installed"
 
 
@@ -862,6 +877,7 @@ def _decision(work: _Work, state: str, *, summary: str = "", **parts: Any) -> di
         "branch": None,
         "flavour": None,
         "packages": [],
+        "remove": [],
         "hold": [],
         "unhold": [],
         "repository": None,

@@ -102,6 +102,13 @@ def test_packages(system: str, wanted: str, cards: str, packages: list[str]) -> 
     assert of(system, wanted=wanted, cards=cards)["packages"] == packages
 
 
+def test_modules_of_the_other_flavour_go() -> None:
+    """Debian's two can be installed beside each other, and then both are built."""
+    decision = of("debian-13", "distribution:550.163.01:open", "flavour=proprietary")
+    assert decision["remove"] == ["nvidia-open-kernel-dkms"]
+    assert of("debian-13", "distribution:550.163.01:open")["remove"] == []
+
+
 def test_fabric_manager_is_of_the_branch() -> None:
     assert "nvidia-fabricmanager-580" in of("ubuntu-22.04", cards="hgx-a100")["packages"]
 
@@ -282,6 +289,9 @@ def applied(state: dict[str, Any], decision: dict[str, Any]) -> dict[str, Any]:
             }
             if after["nvswitch_count"] and any("fabric" in name for name in decision["packages"]):
                 after["fabricmanager"]["installed_version"] = version
+        elif action == "remove_packages":
+            for name in item["items"]:
+                del installed["packages"][name]
         elif action == "install_headers":
             for kernel in after["kernels"]:
                 kernel["headers"] = True
