@@ -631,3 +631,49 @@ def test_a_transaction_that_cannot_go_on_ends(engine: Engine) -> None:
     assert journal["state"] == "refused"
     assert "cannot be read" in journal["cause"]["message"]
     assert (engine.serving(), engine.current()) == ("old", old["to"])
+
+
+RESTORE = f"""
+from fleetfit_host import switch
+from fleetfit_host.manifest import HostPaths
+from fleetfit_host.release import current_digest
+paths = HostPaths()
+put_back = {{"source": {DATA!r}, "copy": "/var/lib/fleetfit/backups/engine/manual-1/data", "name": "manual-1"}}
+digest = current_digest(paths, "engine")
+journal = switch.request(paths, "engine", digest, kind="restore", put_back=put_back)
+print(json.dumps(journal))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "note"),
+    [
+        ("before:backup", "new"),
+        ("after:backup", "new"),
+        ("before:put_back", "new"),
+        ("after:put_back", "new"),
+        ("before:gate", "new"),
+        ("before:record", "old"),
+    ],
+)
+def test_a_restore_that_is_killed_ends_with_the_old_or_the_new_data(
+    engine: Engine, fault: str, note: str
+) -> None:
+    digest = engine.drive(thorough("ok", "one"))["to"]
+    engine.host.run(
+        "sh",
+        "-c",
+        "mkdir -p /var/lib/fleetfit/backups/engine/manual-1 && cd /var/lib/fleetfit/backups/engine/manual-1 &&"
+        f" cp -a {DATA} data && echo old > data/note && echo new > {DATA}/note",
+    )
+    assert engine.host.python(RESTORE)["kind"] == "restore"
+    assert engine.switch(fault).returncode == 137
+    ended = recover(engine, "next call")
+    assert ended["state"] == ("committed" if note == "old" else "reverted")
+    assert engine.host.run("cat", f"{DATA}/note").strip() == note
+    assert (engine.serving(), engine.current()) == ("one", digest)
+    # What was replaced is kept either way, once it was copied.
+    kept = engine.host.run(
+        "sh", "-c", "cat /var/lib/fleetfit/backups/engine/*/note 2>/dev/null || true"
+    ).strip()
+    assert kept == ("" if fault == "before:backup" else "new")

@@ -11,6 +11,7 @@ import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils import backup, rollback, switch
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.manifest import HostPaths, write_atomic
+from ansible_collections.fleetfit.llm.plugins.module_utils.model_store import unreferenced_variants
 from ansible_collections.fleetfit.llm.plugins.module_utils.release import (
     ReleaseSpec,
     point_current,
@@ -206,3 +207,32 @@ def test_an_engine_has_no_data(three: tuple[HostPaths, list[str]]) -> None:
 )
 def test_versions_are_compared_by_number(one: str | None, other: str | None, newer: bool) -> None:
     assert rollback.newer_than(one, other) is newer
+
+
+def test_what_kept_releases_need_survives_and_the_rest_goes(tmp_path: Path) -> None:
+    """Environments, models and backups, over three switches of which two are kept."""
+    paths = HostPaths(str(tmp_path))
+    data = tmp_path / "var/lib/fleetfit/page/data"
+    data.mkdir(parents=True)
+    make_database(data, 3)
+    digests = []
+    for name in ("one", "two", "three"):
+        model = f"/var/lib/fleetfit/models/m/{name}"
+        (tmp_path / model.lstrip("/")).mkdir(parents=True)
+        digests.insert(0, release(tmp_path, "page", name, backup=WEBUI, links={"model": model}))
+        backup.back_up(paths, "page", WEBUI, digests[0], "12345678")
+    manual = backup.take(paths, "page", WEBUI, digests[-1], {})["name"]
+    remember(tmp_path, "page", digests, digests[0])
+    predicted = switch.clean(paths, "page", 2, check_mode=True)
+    removed = switch.clean(paths, "page", 2)
+    assert removed == predicted
+    assert sorted(os.listdir(paths.envs("page"))) == ["three", "two"]
+    assert sorted(os.listdir(paths.releases("page"))) == sorted(digests[:2])
+    kept = os.listdir(backup.backups_directory(paths, "page"))
+    assert sorted(kept) == sorted([f"{digests[0]}-12345678", f"{digests[1]}-12345678", manual])
+    assert unreferenced_variants([], str(tmp_path)) == ["/var/lib/fleetfit/models/m/one"]
+    assert switch.clean(paths, "page", 2) == []
+    # A release that is ready while another one is held keeps what it needs, though it never served.
+    waiting = release(tmp_path, "page", "four", backup=WEBUI)
+    assert switch.clean(paths, "page", 2, also=[waiting]) == []
+    assert "four" in os.listdir(paths.envs("page"))
