@@ -36,7 +36,10 @@ def play(playbook: str, *options: str, **variables: Any) -> tuple[int, str]:
         env={
             **os.environ,
             "ANSIBLE_CONFIG": str(scenario.parents[1] / "ansible.cfg"),
+            "ANSIBLE_FORCE_COLOR": "0",
             "ANSIBLE_NOCOLOR": "1",
+            # Connections of their own: another checkout's scenario may have a host of the same name.
+            "ANSIBLE_SSH_CONTROL_PATH_DIR": str(Path(os.environ["INVENTORY"]).parent / "cp"),
         },
         check=False,
         stdout=subprocess.PIPE,
