@@ -196,6 +196,23 @@ def plan_adapters(engine: str, adapters: Sequence[Adapter], entry: CatalogEntry)
     ]
 
 
+def assumed_adapters(shape: ModelShape, ranks: Sequence[int], base_model: str) -> tuple[Adapter, ...]:
+    """Return adapters of these ranks in every matrix of every block, in both formats: planning before buying.
+
+    In 4 bytes an element, as llama.cpp's convert_lora_to_gguf.py writes them unless told otherwise.
+    """
+    adapters = []
+    for number, rank in enumerate(ranks, 1):
+        elements = shape.layers * sum(
+            inputs + outputs for name, (inputs, outputs) in _matrices(shape).items() if name != "lm_head"
+        )
+        size = 4 * rank * elements
+        for chosen, file in (("gguf", "adapter.gguf"), ("safetensors", WEIGHTS_FILE)):
+            files = (ModelFile(file, size, "0" * 64),)
+            adapters.append(Adapter(f"adapter-{number}", base_model, chosen, rank, files, ()))
+    return tuple(adapters)
+
+
 def layout_with_adapters(layout: TensorLayout, adapter_bytes: Sequence[int]) -> TensorLayout:
     """Return a GGUF layout whose blocks hold the adapters' tensors too.
 

@@ -25,6 +25,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import (
     cards_of,
     unseen_reserved_bytes,
 )
+from ansible_collections.fleetfit.llm.plugins.module_utils.lora import VLLM_RANKS, assumed_adapters
 from ansible_collections.fleetfit.llm.plugins.module_utils.memory import DeviceBudget, HostBudget
 from ansible_collections.fleetfit.llm.plugins.module_utils.memory_llama_cpp import KV_TYPES as LLAMA_KV_TYPES
 from ansible_collections.fleetfit.llm.plugins.module_utils.model_shape import (
@@ -125,6 +126,9 @@ class Subject:
     "--prefer", type=click.Choice(["quality", "speed", "context"]), default="quality", show_default=True
 )
 @click.option("--min-tier", type=click.Choice(QUALITY_TIERS), help="Lowest quality tier (default Q4_K_M).")
+@click.option(
+    "--lora", "lora_ranks", type=int, multiple=True, metavar="RANK", help="A LoRA adapter; repeat for more."
+)
 @click.option("--catalog-dir", "catalog_dirs", multiple=True, type=click.Path(), help="An overlay directory.")
 @click.option(
     "--endpoint", help="The hub or mirror for a hub id (default: HF_ENDPOINT, else the public hub)."
@@ -140,6 +144,7 @@ def what_fits(
     kv_type: str,
     prefer: str,
     min_tier: str | None,
+    lora_ranks: tuple[int, ...],
     catalog_dirs: tuple[str, ...],
     endpoint: str | None,
     as_json: bool,
@@ -152,6 +157,8 @@ def what_fits(
     _check_positive("--slots", slots, MAX_SLOTS)
     if context_tokens is not None:
         _check_positive("--context", context_tokens, MAX_CONTEXT_TOKENS)
+    for rank in lora_ranks:
+        _check_positive("--lora", rank, VLLM_RANKS[-1])
     catalog = load_catalog(list(catalog_dirs))
     subject = subject_of(model, catalog, endpoint)
     if not gpus:
@@ -175,6 +182,7 @@ def what_fits(
         min_quality_tier=min_tier or ("Q4_K_M" if subject.from_catalog else "rest"),
         engine=engine,
         kv_type=kv_type,
+        lora_adapters=assumed_adapters(entry.shape, lora_ranks, entry.id),
         accepted_licences=tuple(sorted({entry.licence, *(sibling.licence for sibling in subject.siblings)})),
     )
     roles = available_engines(CATALOG_DIR.parent / "roles")

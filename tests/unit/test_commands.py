@@ -156,6 +156,17 @@ def test_options_reach_the_candidates(run: Callable[..., Result]) -> None:
     assert fastest["expected_tokens_per_s"] > best["expected_tokens_per_s"]
 
 
+@pytest.mark.parametrize("engine", ["llama_cpp", "vllm"])
+def test_adapters_are_counted(run: Callable[..., Result], engine: str) -> None:
+    arguments = ("what-fits", MODEL, "--gpu", "RTX 3090", "--context", "4096", "--engine", engine, "--json")
+    without = candidates_of(run(*arguments))
+    with_two = candidates_of(run(*arguments, "--lora", "16", "--lora", "8"))
+    for before, after in zip(without, with_two, strict=True):
+        if before["fits"] and after["fits"] and before["gpu_layers"] == after["gpu_layers"]:
+            assert after["memory_bytes"]["weights"] > before["memory_bytes"]["weights"] + 50_000_000
+    assert any(item["fits"] for item in with_two)
+
+
 def test_the_table_marks_the_winner_and_gives_reasons(run: Callable[..., Result]) -> None:
     result = run("what-fits", MODEL, "--gpu", CARD, "--engine", "llama_cpp")
     assert result.exit_code == 0
@@ -214,6 +225,7 @@ def test_nothing_fits_is_exit_code_1_and_says_what_would(run: Callable[..., Resu
         ((MODEL, "--gpu", CARD, "--ram", "inf"), ["--ram is inf"]),
         ((MODEL, "--gpu", CARD, "--context", "0"), ["--context is 0"]),
         ((MODEL, "--gpu", CARD, "--context", "-8192"), ["--context is -8192"]),
+        ((MODEL, "--gpu", CARD, "--lora", "0"), ["--lora is 0"]),
         ((MODEL, "--gpu", CARD, "--slots", "0"), ["--slots is 0"]),
         ((MODEL, "--gpu", CARD, "--slots", "-1"), ["--slots is -1"]),
         ((MODEL, "--gpu", CARD, "--context", "many"), ["--context"]),
