@@ -7,7 +7,6 @@ the data is catalog/drivers.yml.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -829,14 +828,6 @@ def pins(
         },
         {"packages": list(names["patterns"]), "pin": "version *", "priority": -1},
     ]
-
-
-def is_driver_package(name: str, data: Mapping[str, Any]) -> bool:
-    """Return whether a package of this name is one that is pinned with the driver."""
-    names = data["driver_packages"]
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in names["patterns"]) and not any(
-        fnmatch.fnmatchcase(name, pattern) for pattern in names["not_pinned"]
-    )
 
 
 def report(decision: Mapping[str, Any]) -> list[str]:
