@@ -8,7 +8,10 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.plan import plan_host
-from ansible_collections.fleetfit.llm.plugins.module_utils.policy import policy_from_variables
+from ansible_collections.fleetfit.llm.plugins.module_utils.policy import (
+    check_variable_names,
+    policy_from_variables,
+)
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import NothingFitsError
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import (
     available_engines,
@@ -56,7 +59,12 @@ class ActionModule(ActionBase):
             return {
                 **result,
                 **_failure(error),
-                "candidates": [item.as_dict() for item in error.candidates],
+                # Sentences: Ansible prints all of it in one line.
+                "candidates": [
+                    f"{item.engine} {item.variant.name}: {item.rejected.reason}"
+                    for item in error.candidates
+                    if item.rejected
+                ],
             }
         except FleetfitError as error:
             return {**result, **_failure(error)}
@@ -72,8 +80,10 @@ class ActionModule(ActionBase):
         for option, name in VARIABLES.items():
             value = arguments.get(option)
             variables[name] = self._variable(name, task_vars) if value is None else value
-        policy = policy_from_variables(variables)
         host_facts = task_vars.get("ansible_facts") or {}
+        # Facts are variables too where ansible.cfg injects them.
+        check_variable_names(name for name in task_vars if name not in host_facts)
+        policy = policy_from_variables(variables)
         facts = arguments.get("facts") or host_facts.get("fleetfit")
         if not facts:
             raise FleetfitError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -13,6 +14,35 @@ from .lora import Adapter, adapters_from_variable
 SCHEMA_VERSION = 1
 PREFERENCES = ("quality", "speed", "context")
 ENGINE_CHOICES = ("auto", "llama_cpp", "vllm")
+# Every variable that begins with fleetfit_: a name close to one of them, but none of them, is a slip of the pen.
+VARIABLE_NAMES = frozenset(
+    {
+        "fleetfit_accepted_licences",
+        "fleetfit_batch",
+        "fleetfit_catalog_dirs",
+        "fleetfit_engine",
+        "fleetfit_kv_type",
+        "fleetfit_min_context_tokens",
+        "fleetfit_min_quality_tier",
+        "fleetfit_min_tokens_per_s",
+        "fleetfit_model",
+        "fleetfit_open_webui",
+        "fleetfit_prefer",
+        "fleetfit_probe_root",
+        "fleetfit_proof_s",
+        "fleetfit_proxy",
+        "fleetfit_records_dir",
+        "fleetfit_replan",
+        "fleetfit_report_dir",
+        "fleetfit_secrets_dir",
+        "fleetfit_simulated_gpus",
+        "fleetfit_slots",
+        "fleetfit_use_gpus",
+        "fleetfit_vram_reserve_bytes",
+    }
+)
+# As alike as a name with a letter left out, doubled or changed, or with its words in another form.
+LIKENESS = 0.85
 # llama-server's -ctk/-ctv choices; fp8 is vLLM's.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "fp8")
 # llama-server refuses more parallel sequences than this (LLAMA_MAX_SEQ in its source).
@@ -106,6 +136,23 @@ def policy_from_variables(variables: Mapping[str, Any]) -> Policy:
         lora_adapters=adapters_from_variable(variables.get("fleetfit_lora_adapters")),
         replan=_boolean(variables, "fleetfit_replan", False),
     )
+
+
+def check_variable_names(names: Iterable[str]) -> None:
+    """Raise ``unknown_variable`` for a ``fleetfit_`` name that is all but one of ours, and would be ignored.
+
+    A name that resembles none is the inventory's own and is left alone.
+    """
+    for name in sorted(names):
+        if not name.startswith("fleetfit_") or name in VARIABLE_NAMES:
+            continue
+        near = difflib.get_close_matches(name, sorted(VARIABLE_NAMES), n=1, cutoff=LIKENESS)
+        if near:
+            raise FleetfitError(
+                f"The variable {name} is not one of fleetfit's and would be ignored.",
+                code="unknown_variable",
+                remedy=f"Write {near[0]}, or give your own variable a name that does not resemble it.",
+            )
 
 
 def check_min_context(policy: Policy, native_tokens: int, max_tokens: int, model: str) -> None:

@@ -140,10 +140,10 @@ remedy:
   returned: failure
   type: str
 candidates:
-  description: Every candidate with the reason against it, and the bytes and the device by which it missed.
-  returned: failure
+  description: Every candidate with the reason against it; C(fleetfit what-fits --json) has the figures.
+  returned: where nothing fits
   type: list
-  elements: dict
+  elements: str
 """
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
-from ansible_collections.fleetfit.llm.plugins.module_utils.policy import Policy, policy_from_variables
+from ansible_collections.fleetfit.llm.plugins.module_utils.policy import (
+    VARIABLE_NAMES,
+    Policy,
+    check_variable_names,
+    policy_from_variables,
+)
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import SCHEMA_DIR, read_yaml
 
 
@@ -84,3 +91,27 @@ def test_a_scheme_stands_for_its_tier(given: str, tier: str) -> None:
 def test_the_recorded_policy_is_what_the_schema_says() -> None:
     schema = read_yaml(SCHEMA_DIR / "policy.json")
     jsonschema.Draft202012Validator(schema).validate(Policy(model="m").as_dict())
+
+
+@pytest.mark.parametrize("name", ["fleetfit_slot", "fleetfit_min_context_token", "fleetfit_perfer"])
+def test_a_misspelt_variable_is_refused_with_the_right_name(name: str) -> None:
+    with pytest.raises(FleetfitError, match=name) as caught:
+        check_variable_names(["fleetfit_model", name])
+    assert caught.value.code == "unknown_variable"
+    assert any(known in str(caught.value.remedy) for known in VARIABLE_NAMES)
+
+
+def test_variables_of_the_inventory_itself_are_left_alone() -> None:
+    check_variable_names([*VARIABLE_NAMES, "fleetfit_site_contact", "slots", "my_fleetfit_slot"])
+
+
+def test_every_variable_that_the_project_reads_is_known() -> None:
+    root = Path(__file__).resolve().parents[2]
+    # Facts and results that plays hand to each other.
+    own = {"fleetfit_plan", "fleetfit_previous_plan", "fleetfit_drivers", "fleetfit_host_state"}
+    read = set()
+    for folder in ("roles", "playbooks", "inventory"):
+        for path in (root / folder).rglob("*"):
+            if path.suffix in (".yml", ".j2"):
+                read |= set(re.findall(r"(?<![\w.])fleetfit_[a-z_]+", path.read_text()))
+    assert read - own - VARIABLE_NAMES == set()
