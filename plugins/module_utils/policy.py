@@ -34,6 +34,7 @@ VARIABLE_NAMES = frozenset(
         "fleetfit_records_dir",
         "fleetfit_replan",
         "fleetfit_report_dir",
+        "fleetfit_report_path",
         "fleetfit_secrets_dir",
         "fleetfit_simulated_gpus",
         "fleetfit_slots",

@@ -53,16 +53,15 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command; a FleetfitError becomes one line on stderr and exit code 2."""
     try:
-        cli.main(prog_name="fleetfit", standalone_mode=False)
+        # Without its standalone mode click returns the code of an Exit instead of raising it.
+        code = cli.main(prog_name="fleetfit", standalone_mode=False)
     except FleetfitError as error:
         click.echo(f"fleetfit: {error}", err=True)
         sys.exit(2)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("fleetfit: interrupted; the same command goes on from here", err=True)
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)

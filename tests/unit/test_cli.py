@@ -35,10 +35,12 @@ def test_version() -> None:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
-    def fail(**_: object) -> None:
+    @click.command()
+    def fail() -> None:
         raise error
 
-    monkeypatch.setattr(cli.cli, "main", fail)
+    monkeypatch.setattr(cli, "cli", fail)
+    monkeypatch.setattr(sys, "argv", ["fleetfit"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return int(str(stop.value.code))
@@ -48,7 +50,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     ("error", "code", "text"),
     [
         (FleetfitError("It broke.", code="x", remedy="Mend it."), 2, "fleetfit: It broke. Mend it.\n"),
-        (KeyboardInterrupt(), 130, "fleetfit: interrupted; the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, "\nfleetfit: interrupted; the same command goes on from here\n"),
         (click.exceptions.Exit(1), 1, ""),
     ],
 )
