@@ -140,7 +140,7 @@ def test_the_json_is_what_the_contract_says(run: Callable[..., Result], specs: t
         assert all(item["gpu_layers"] == 0 for item in found if item["engine"] == "llama_cpp")
     selected = json.loads(result.stdout)["selected"]
     assert selected["fits"]
-    assert "-c" in selected["args"]
+    assert ("--max-model-len" if selected["engine"] == "vllm" else "-c") in selected["args"]
 
 
 def test_options_reach_the_candidates(run: Callable[..., Result]) -> None:

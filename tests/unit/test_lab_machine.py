@@ -78,6 +78,8 @@ def test_hardened_units_get_what_they_need_everywhere() -> None:
         options = container_options(machine)
         assert "--cap-add=SYS_ADMIN" in options
         assert "--security-opt=seccomp=unconfined" in options
+        # vLLM's processes talk through more shared memory than podman gives by default.
+        assert "--shm-size=1g" in options
         assert "--privileged" not in options
 
 

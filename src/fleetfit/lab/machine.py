@@ -128,6 +128,8 @@ def container_options(machine: Machine) -> list[str]:
     # with 226/NAMESPACE. sshd writes audit records.
     options += ["--cap-add=SYS_ADMIN", "--cap-add=AUDIT_WRITE"]
     options += ["--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined"]
+    # podman gives 64 MiB; vLLM's processes talk through 160 MiB, and a machine has half of its RAM there.
+    options += ["--shm-size=1g"]
     return options + ulimit_options(machine)
 
 
