@@ -40,7 +40,8 @@ options:
 attributes:
   check_mode:
     support: partial
-    description: Adapters that a run would bring first are not looked at.
+    description: Whether it can be asked in check mode.
+    details: Adapters that a run would bring first are not looked at.
   diff_mode:
     support: none
     description: Changes nothing.
