@@ -428,9 +428,10 @@ def place_file(artifact: Artifact, path: str, state_dir: str) -> None:
     set_attributes(path, artifact.mode, artifact.owner, artifact.group)
     sync_path(path)
     os.replace(path, artifact.dest)
+    # Before the sync: after it, a power loss would bring the notes back beside the file.
+    remove_partial(artifact)
     sync_path(os.path.dirname(artifact.dest))
     remember_hash(artifact, state_dir)
-    remove_partial(artifact)
 
 
 def remove_partial(artifact: Artifact) -> None:
