@@ -55,7 +55,8 @@ def require_fingerprint(key: bytes, fingerprint: str, origin: str) -> None:
 
 
 def _binaries(key: bytes) -> Iterator[bytes]:
-    if b"-----BEGIN PGP" not in key:
+    # RFC 9580 4.2: bit 7 of a packet's first octet is set, which no armored text begins with.
+    if key[:1] >= b"\x80" or b"-----BEGIN PGP" not in key:
         yield key
         return
     for match in _ARMOR.finditer(key):
