@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import select
-from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import (
+    available_engines,
+    load_catalog,
+)
 
 from fleetfit.lab import mirror, model
 from fleetfit.lab.certificates import copy_authorities
@@ -120,6 +123,15 @@ def test_inventory_and_lab_have_the_same_hosts_and_known_profiles() -> None:
     for entry in definition["hosts"].values():
         if entry["profile"] is not None:
             assert (ROOT / f"lab/nvml/profiles/{entry['profile']}.ini").exists()
+
+
+def test_the_labs_engines_have_roles_and_the_large_card_is_vllms() -> None:
+    inventory = ROOT / "inventory/lab"
+    engines = {"": yaml.safe_load((inventory / "group_vars/all/model.yml").read_text())["fleetfit_engine"]}
+    for path in (inventory / "host_vars").glob("*.yml"):
+        engines[path.stem] = yaml.safe_load(path.read_text()).get("fleetfit_engine", engines[""])
+    assert engines["gpu-large"] == "vllm"
+    assert set(engines.values()) == available_engines(ROOT / "roles")
 
 
 @pytest.mark.parametrize("needed", ["listen 8080", "X-Repo-Commit", "/srv/mirror"])
