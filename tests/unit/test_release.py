@@ -23,7 +23,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.release import (
     render_run,
     write_release,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BASE = ReleaseSpec(
@@ -91,6 +91,7 @@ PRINT = [
 ARGUMENT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30)
 
 
+@settings(deadline=None)  # it starts programs, which takes as long as the machine is busy
 @given(arguments=st.lists(ARGUMENT, max_size=4))
 def test_every_argument_arrives_as_it_was_given(
     arguments: list[str], tmp_path_factory: pytest.TempPathFactory
