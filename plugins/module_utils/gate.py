@@ -53,7 +53,7 @@ CHAT_PATH = "/v1/chat/completions"
 POLL_S = 0.5
 PROBE_TIMEOUT_S = 5.0
 # Crashes reach the unit's state a moment after the connection broke: how long to look for one. vLLM answers 500
-# when its engine dies, then takes its other processes down (seen: 3 s on a busy machine) and ends with code 0.
+# when its engine dies, then takes its other processes down (seen: 3 s on a busy machine) and ends in order.
 CRASH_LOOK_S = 2.0
 SERVER_ERROR_LOOK_S = 15.0
 # How long the prompt that proves the memory may take to prefill (proof.py); 0: no such prompt.
