@@ -138,9 +138,10 @@ class Proof:
     def _prove(self) -> dict[str, Any]:
         talk = Talk(self.spec, self.gate.key)
         context, slots = self._shape(talk)
-        scale, lines, rate = self._measure(talk, context)
+        scale, asked, longest = self._measure(talk, context)
+        rate = _rate(longest)
         tokens, streams, shortened = size_of_proof(context, slots, rate, self.spec.proof_s)
-        lines = max(scale.lines(tokens), lines)
+        lines = max(scale.lines(tokens), asked)
         self.tried = {
             "prompt_tokens": scale.tokens(lines),
             "of_tokens": context,
@@ -151,12 +152,16 @@ class Proof:
         }
         expected_s = streams * self.tried["prompt_tokens"] / rate
         self.gate.limit_s = self.spec.timeout_s + SLOWEST_FACTOR * expected_s
-        begun = time.monotonic()
-        # The requests of one prompt each are under way at once; the first failure is the proof's.
-        with ThreadPoolExecutor(max_workers=streams) as pool:
-            labels = [next(self.labels) for _ in range(streams)]
-            answers = list(pool.map(lambda label: self._ask(talk, label, lines, ANSWER_TOKENS), labels))
-        seconds = time.monotonic() - begun
+        if shortened and lines == asked:
+            # On a slow host what was asked to measure the speed took all the time that a proof may take.
+            answers, seconds = [longest], longest.seconds
+        else:
+            begun = time.monotonic()
+            # The requests of one prompt each are under way at once; the first failure is the proof's.
+            with ThreadPoolExecutor(max_workers=streams) as pool:
+                labels = [next(self.labels) for _ in range(streams)]
+                answers = list(pool.map(lambda label: self._ask(talk, label, lines, ANSWER_TOKENS), labels))
+            seconds = time.monotonic() - begun
         counted = [self._counted(answer) for answer in answers]
         if min(counted) < scale.tokens(lines - SLACK_LINES):
             raise RefusedError(
@@ -194,11 +199,12 @@ class Proof:
             raise RefusedError("wrong_settings", f"its context is {context!r} tokens")
         return context, slots if isinstance(slots, int) and slots > 0 else 1
 
-    def _measure(self, talk: Talk, context: int) -> tuple[Scale, int, float]:
-        """Return how tokens grow with lines, the lines of the longest prompt asked, and its prefill rate."""
+    def _measure(self, talk: Talk, context: int) -> tuple[Scale, int, Streamed]:
+        """Return how tokens grow with lines, the lines of the longest prompt asked, and its answer."""
         first = self._ask(talk, next(self.labels), FIRST_LINES, 1)
-        # In a small context the second prompt stays below the half: a line has less than 25 tokens.
-        lines = max(min(SECOND_LINES, context // 50), FIRST_LINES + 1)
+        # A line has less than 25 tokens: the second prompt stays below half of the context, and in its time.
+        in_time = int(_rate(first) * self.spec.proof_s / 25)
+        lines = max(min(SECOND_LINES, context // 50, in_time), FIRST_LINES + 1)
         second = self._ask(talk, next(self.labels), lines, 1)
         scale = scale_of((FIRST_LINES, self._counted(first)), (lines, self._counted(second)))
         if scale is None:
@@ -207,14 +213,15 @@ class Proof:
                 f"it counted {self._counted(first)} tokens in a prompt of {FIRST_LINES} lines and "
                 f"{self._counted(second)} in one of {lines}: it cuts prompts",
             )
-        rate = _rate(second)
+        longest = second
         while True:
+            rate = _rate(longest)
             longer = scale.tokens(lines * GROWTH)
             enough = rate * self.spec.proof_s >= context - ANSWER_TOKENS
             if enough or longer > context // 2 or longer > rate * self.spec.proof_s * PROBE_SHARE:
-                return scale, lines, rate
+                return scale, lines, longest
             lines *= GROWTH
-            rate = _rate(self._ask(talk, next(self.labels), lines, 1))
+            longest = self._ask(talk, next(self.labels), lines, 1)
 
     def _ask(self, talk: Talk, label: str, lines: int, max_tokens: int) -> Streamed:
         body = {

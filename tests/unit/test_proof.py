@@ -159,6 +159,14 @@ def test_a_longer_prompt_is_measured_before_the_proof_is_shortened(engine: Engin
     assert lines[:3] == [2, 26, 208]
 
 
+def test_a_very_slow_engine_is_asked_nothing_twice(engine: Engine) -> None:
+    engine.tokens_per_s = 3.0
+    found = prove(engine, proof_s=20)["proof"]
+    assert (found["shortened"], found["slots"]) == (True, 1)
+    assert found["prompt_tokens"] < 100
+    assert len(engine.prompts) == 2
+
+
 @pytest.mark.parametrize(
     ("how", "state", "says"),
     [
