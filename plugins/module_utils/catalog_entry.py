@@ -58,7 +58,11 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Variant:
-    """One quantization of a model: what a host downloads and an engine loads."""
+    """One quantization of a model: what a host downloads and an engine loads.
+
+    ``stored_output``: the files also hold the output matrix of a model that ties it to the embeddings; engines
+    leave it out, so it counts on disk and not in memory.
+    """
 
     name: str
     format: str
@@ -73,6 +77,7 @@ class Variant:
     label: str = ""
     shape_overrides: tuple[tuple[str, Any], ...] = ()
     waivers: tuple[str, ...] = ()
+    stored_output: bool = False
 
     @property
     def pinned(self) -> bool:
@@ -335,6 +340,7 @@ def _variant_from_dict(data: Mapping[str, Any], default_quality_source: str, ori
         label=data.get("label", ""),
         shape_overrides=tuple(sorted(data.get("shape_overrides", {}).items())),
         waivers=waivers,
+        stored_output=data.get("stored_output", False),
     )
 
 

@@ -85,9 +85,10 @@ def check_parallelism(
     for name, value in widths.items():
         if value % tensor_parallel:
             raise _not_divisible(f"{name} {value}", f"divisible by tensor_parallel {tensor_parallel}")
+        # FP8: of Qwen's files, which scale blocks of 128 x 128 (QwenLM/Qwen3, docs/source/deployment/vllm.md).
         if (
             tensor_parallel > 1
-            and layout.scheme.startswith(("GPTQ", "AWQ"))
+            and layout.scheme.startswith(("GPTQ", "AWQ", "FP8"))
             and (value // tensor_parallel) % GROUP_SIZE
         ):
             raise _not_divisible(

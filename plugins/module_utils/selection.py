@@ -56,6 +56,8 @@ REJECTION_CODES = (
     "speed_unknown",
     "not_pinned",
 )
+# vLLM refuses float16 for these (vllm/config/model.py: _FLOAT16_NOT_SUPPORTED_MODELS, numerical instability).
+BFLOAT16_ONLY_ARCHITECTURES = frozenset({"gemma2", "gemma3"})
 # vLLM serves more sequences than the policy asks for from the same pool; each costs 39 B x vocabulary.
 VLLM_MIN_SEQUENCES = 16
 HOST = "host"
@@ -369,8 +371,12 @@ def layout_of(entry: CatalogEntry, variant: Variant) -> TensorLayout:
     """Return where the bytes of a variant's files are, from the model's shape and the scheme's rules."""
     shape = entry.shape_of(variant)
     if variant.format == "safetensors":
-        return safetensors_layout(shape, variant.scheme)
-    return layout_from_scheme(shape, variant.scheme)
+        layout = safetensors_layout(shape, variant.scheme)
+    else:
+        layout = layout_from_scheme(shape, variant.scheme)
+    if variant.stored_output and layout.tied:
+        return replace(layout, file_bytes=layout.file_bytes + layout.token_embd)
+    return layout
 
 
 def rope_settings(entry: CatalogEntry, context_tokens: int) -> Optional[dict[str, Any]]:
@@ -596,7 +602,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
     )
     wheels = wheels_of(request.engines)
     rejected = _common_rejection(request, variant, "vllm")
-    rejected = rejected or _vllm_device_rejection(engine, wheels, variant, view)
+    rejected = rejected or _vllm_device_rejection(engine, wheels, variant, shape, view)
     if rejected is not None and rejected.code in ("kv_type_not_supported", "no_gpu", "mig_not_supported"):
         return replace(candidate, rejected=rejected)
     if not view.devices:
@@ -630,7 +636,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
     best: Optional[tuple[tuple[float, float, int], tuple[DeviceBudget, ...], int, vllm.VllmEstimate]] = None
     refusal: Optional[FleetfitError] = None
     capabilities = [device.compute_capability for device in view.devices]
-    able = able_devices(wheels, capabilities, _scheme_floor(engine, variant))
+    able = able_devices(wheels, capabilities, _least_capability(engine, variant, shape))
     # A host on which no build runs is placed all the same, so that the answer says what else would be missing.
     for group, tensor in _vllm_groups([view.devices[index] for index in able] or view.devices):
         try:
@@ -675,8 +681,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
             "pipeline_parallel": len(group) // tensor,
             "kv_cache_dtype": kv_dtype,
             "enable_prefix_caching": True,
-            # GPTQ and AWQ kernels were made for float16; the other formats have bfloat16's range.
-            "dtype": "bfloat16" if bfloat16 and variant.scheme in ("BF16", "FP8") else "float16",
+            "dtype": _vllm_dtype(shape, variant.scheme, bfloat16),
             "quantization": None,
             "enforce_eager": False,
             "rope": None if rope is None else {**rope, "theta": entry.rope_theta},
@@ -692,7 +697,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
 
 
 def _vllm_device_rejection(
-    engine: Mapping[str, Any], wheels: Sequence[Wheel], variant: Variant, view: HostView
+    engine: Mapping[str, Any], wheels: Sequence[Wheel], variant: Variant, shape: ModelShape, view: HostView
 ) -> Optional[Rejection]:
     if not view.devices:
         return Rejection("no_gpu", "vLLM needs an NVIDIA GPU, and this host has none to use")
@@ -702,8 +707,8 @@ def _vllm_device_rejection(
         wheels,
         [(device.name, device.compute_capability) for device in view.devices],
         view.driver_version,
-        scheme=variant.scheme,
-        least=_scheme_floor(engine, variant),
+        scheme=variant.scheme + (" in bfloat16" if _bfloat16_only(shape) else ""),
+        least=_least_capability(engine, variant, shape),
     )
     if problem is None:
         return None
@@ -711,9 +716,26 @@ def _vllm_device_rejection(
     return Rejection(problem.code, problem.reason, device=device)
 
 
-def _scheme_floor(engine: Mapping[str, Any], variant: Variant) -> str:
-    """Return the compute capability that vLLM's kernels for this format need."""
-    return str(engine["schemes"].get(variant.scheme, {}).get("min_compute_capability", "0.0"))
+def _vllm_dtype(shape: ModelShape, scheme: str, bfloat16: bool) -> str:
+    """Return vLLM's dtype on devices with or without bfloat16.
+
+    GPTQ and AWQ kernels were made for float16 (Marlin's take both); the other formats have bfloat16's range.
+    """
+    if _bfloat16_only(shape):
+        return "bfloat16"
+    return "bfloat16" if bfloat16 and scheme in ("BF16", "FP8") else "float16"
+
+
+def _least_capability(engine: Mapping[str, Any], variant: Variant, shape: ModelShape) -> str:
+    """Return the compute capability that vLLM needs for this format of this model."""
+    least = str(engine["schemes"].get(variant.scheme, {}).get("min_compute_capability", "0.0"))
+    if not _bfloat16_only(shape):
+        return least
+    return max(least, str(engine["bfloat16_min_compute_capability"]), key=compute_capability_number)
+
+
+def _bfloat16_only(shape: ModelShape) -> bool:
+    return shape.architecture in BFLOAT16_ONLY_ARCHITECTURES
 
 
 def _vllm_groups(devices: Sequence[DeviceBudget]) -> list[tuple[tuple[DeviceBudget, ...], int]]:

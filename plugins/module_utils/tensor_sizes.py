@@ -92,6 +92,14 @@ FALLBACK_TYPES: Mapping[str, str] = {
     "IQ3_S": "IQ4_NL",
     "IQ4_XS": "IQ4_NL",
 }
+# Of queries, keys and values in one tensor (Phi-3 and Phi-4), in every layer alike.
+FUSED_TYPES: Mapping[str, str] = {
+    "IQ3_M": "Q4_K",
+    "Q3_K_M": "Q4_K",
+    "Q3_K_L": "Q4_K",
+    "Q4_K_M": "Q5_K",
+    "Q5_K_M": "Q6_K",
+}
 GGUF_ALIGNMENT_BYTES = 32
 
 SAFETENSORS_SCHEMES = ("BF16", "FP16", "F32", "FP8", "GPTQ-Int4", "GPTQ-Int8", "AWQ")
@@ -264,7 +272,9 @@ def _mixture_type(shape: ModelShape, scheme: str, base: str, tensor: Tensor) -> 
         if tensor.cols % GGML_TYPES[base][0] or base == "Q8_0":
             return "Q8_0"
         return "Q6_K"
-    if category in ("attn_v", "attn_qkv"):
+    if category == "attn_qkv":
+        return FUSED_TYPES.get(scheme, base)
+    if category == "attn_v":
         return _value_type(shape, scheme, base, tensor.layer)
     if category == "attn_k" and shape.experts == 8:
         return "Q8_0"

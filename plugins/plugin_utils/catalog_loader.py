@@ -51,13 +51,16 @@ class Catalog:
 
 
 def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to ``count`` known names that are written like ``name``."""
+    """Return up to ``count`` known names that are written like ``name``: those that begin with it first."""
     by_folded = {item.casefold(): item for item in known}
     folded = name.casefold().rsplit("/", 1)[-1]
-    near = difflib.get_close_matches(folded, sorted(by_folded), n=count, cutoff=0.6)
+    near = []
+    if len(folded) >= 3:
+        near = sorted(item for item in by_folded if item.startswith(folded))
+    near += difflib.get_close_matches(folded, sorted(by_folded), n=count, cutoff=0.6)
     if not near and len(folded) >= 3:
-        near = sorted(item for item in by_folded if folded in item)[:count]
-    return [by_folded[item] for item in near]
+        near = sorted(item for item in by_folded if folded in item)
+    return [by_folded[item] for item in list(dict.fromkeys(near))[:count]]
 
 
 def load_catalog(

@@ -24,6 +24,7 @@ import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.catalog_entry import CatalogEntry
 from ansible_collections.fleetfit.llm.plugins.module_utils.engine_args import llama_server_argv
 from ansible_collections.fleetfit.llm.plugins.module_utils.gate import check_props
+from ansible_collections.fleetfit.llm.plugins.module_utils.gguf_reader import read_gguf
 from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import Card, cards_of
 from ansible_collections.fleetfit.llm.plugins.module_utils.plan import plan_host
 from ansible_collections.fleetfit.llm.plugins.module_utils.policy import policy_from_variables
@@ -240,6 +241,21 @@ def test_without_yarn_the_server_would_cap_the_context(binary: Path, tmp_path: P
         props = server.ask("/props")
         assert props["default_generation_settings"]["n_ctx"] == 8192
         assert check_props(props, settings) is not None
+
+
+def test_without_a_template_of_ours_the_files_own_is_used(binary: Path, tmp_path: Path) -> None:
+    """As for most models of the catalog: what a plan without a chat template serves."""
+    deployment = make_plan(lab_entry(chat_template=None), [], fleetfit_slots=1)
+    assert deployment["chat_template"] is None
+    with serve(binary, deployment["settings"], tmp_path, None) as server:
+        used = server.ask("/props")["chat_template"]
+        answer = server.ask(
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8},
+        )
+    own = read_gguf(base_file().path).metadata
+    assert used.strip() == str(own["tokenizer.chat_template"]).strip()
+    assert answer["choices"][0]["message"]["content"]
 
 
 @pytest.fixture(scope="module")

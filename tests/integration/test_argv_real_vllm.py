@@ -66,15 +66,31 @@ ADAPTER = {
 }
 
 
+# llama.cpp's name of the architecture -> transformers' model_type and class.
+CLASSES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+}
+
+
 def entries() -> list[CatalogEntry]:
-    """Return the catalog's models that vLLM serves, each with an FP8 variant beside its own."""
+    """Return all Qwen2.5 and the smallest of every other kind, each with an FP8 variant."""
+    smallest: dict[tuple[str, str], CatalogEntry] = {}
+    for entry in sorted(CATALOG.entries.values(), key=lambda item: item.parameters):
+        if any("vllm" in variant.engines for variant in entry.variants):
+            kind = entry.id if entry.family == "qwen2.5-instruct" else entry.family
+            smallest.setdefault((kind, entry.shape.architecture), entry)
     found = []
-    for entry in CATALOG.entries.values():
+    for entry in smallest.values():
         ours = [variant for variant in entry.variants if "vllm" in variant.engines]
-        if not ours:
-            continue
-        fp8 = Variant("FP8", "safetensors", ("vllm",), "FP8", "Q8_0", repository="org/fp8")
-        found.append(replace(entry, variants=(*ours, fp8)))
+        if not any(variant.scheme == "FP8" for variant in ours):
+            ours.append(Variant("FP8", "safetensors", ("vllm",), "FP8", "Q8_0", repository="org/fp8"))
+        found.append(replace(entry, variants=tuple(ours)))
     return found
 
 
@@ -108,9 +124,11 @@ def candidates() -> list[tuple[str, str, CatalogEntry, Candidate, Any]]:
 
 def config_of(shape: ModelShape, scheme: str) -> dict[str, Any]:
     """Return the config.json of a model of this shape."""
+    model_type, class_name = CLASSES[shape.architecture]
     config: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM" if shape.architecture == "qwen2" else "LlamaForCausalLM"],
-        "model_type": shape.architecture,
+        "architectures": [class_name],
+        "model_type": model_type,
+        "head_dim": shape.head_dim,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.layers,
@@ -124,6 +142,13 @@ def config_of(shape: ModelShape, scheme: str) -> dict[str, Any]:
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": "bfloat16" if scheme in ("BF16", "FP8") else "float16",
     }
+    if shape.experts:
+        config["num_experts"] = shape.experts
+        config["num_experts_per_tok"] = shape.experts_used
+        config["moe_intermediate_size"] = shape.expert_intermediate_size
+        config["intermediate_size"] = shape.expert_intermediate_size * shape.experts_used
+    if shape.sliding_window:
+        config["sliding_window"] = shape.sliding_window
     if scheme in QUANTIZATION:
         config["quantization_config"] = dict(QUANTIZATION[scheme])
     return config
@@ -238,5 +263,6 @@ def test_the_engine_serves_the_planned_context(
 
 
 def test_every_tool_call_parser_of_the_catalog_is_registered(answer: dict[str, Any]) -> None:
-    for entry in CATALOG.entries.values():
-        assert entry.tool_call_parser in answer["parsers"], f"{entry.id}: {entry.tool_call_parser}"
+    parsers = {entry.tool_call_parser for entry in CATALOG.entries.values()} - {None}
+    assert {"hermes", "llama3_json", "mistral"} <= parsers
+    assert parsers <= set(answer["parsers"])

@@ -70,13 +70,15 @@ def test_the_models_own_config_names_the_quantization_unless_the_plan_does() -> 
 @pytest.mark.parametrize("name", sorted(CATALOG.entries))
 @pytest.mark.parametrize("card", ["T4", "RTX 3060 12GB", "RTX 4090", "H100 SXM"])
 def test_no_bfloat16_below_compute_capability_8_and_never_what_is_unsafe(name: str, card: str) -> None:
-    found = evaluate(request(name, facts(cards(card)), engines=("vllm",), engine="vllm"))
-    for item in found:
-        if not item.settings:
+    licences = [CATALOG.entry(name).licence]
+    policy = {"engine": "vllm", "accepted_licences": licences}
+    for item in evaluate(request(name, facts(cards(card)), engines=("vllm",), **policy)):
+        if not item.settings or (item.rejected and item.rejected.code == "compute_capability_too_low"):
             continue
         assert set(item.settings) == set(VLLM_SETTINGS)
         argv = vllm_argv(item.settings, **PLACES)
-        wanted = "bfloat16" if card != "T4" and item.variant.scheme in ("BF16", "FP8") else "float16"
+        wide = item.variant.scheme in ("BF16", "FP8") or name.startswith("gemma-")
+        wanted = "bfloat16" if card != "T4" and wide else "float16"
         assert option(argv, "--dtype") == wanted
         assert option(argv, "--load-format") == "safetensors"
         text = " ".join(argv)
