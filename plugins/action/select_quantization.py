@@ -31,6 +31,7 @@ VARIABLES = {
     "kv_type": "fleetfit_kv_type",
     "accepted_licences": "fleetfit_accepted_licences",
     "vram_reserve_bytes": "fleetfit_vram_reserve_bytes",
+    "cpu_threads": "fleetfit_cpu_threads",
     "use_gpus": "fleetfit_use_gpus",
     "catalog_dirs": "fleetfit_catalog_dirs",
     "lora_adapters": "fleetfit_lora_adapters",

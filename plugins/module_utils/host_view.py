@@ -141,12 +141,24 @@ def view_of_facts(
     return HostView(
         devices=devices,
         host=host,
-        threads=max(1, int(cpu.get("threads") or 1)),
+        threads=_threads(cpu, policy),
         driver_version=driver.get("version"),
         ram_bandwidth_bytes_per_s=float(measured or DEFAULT_RAM_BANDWIDTH_BYTES_PER_S),
         ram_bandwidth_source="facts" if measured else "assumed: two channels of DDR4-3200",
         notes=tuple(notes),
     )
+
+
+def _threads(cpu: Mapping[str, Any], policy: Policy) -> int:
+    threads = max(1, int(cpu.get("threads") or 1))
+    # More threads than the processor has wait for each other at every layer, and slow all of them down.
+    if policy.cpu_threads > threads:
+        raise FleetfitError(
+            f"fleetfit_cpu_threads is {policy.cpu_threads}, and the host's processor has {threads} threads.",
+            code="bad_policy",
+            remedy=f"Set fleetfit_cpu_threads to at most {threads}, or to 0 for all of them.",
+        )
+    return policy.cpu_threads or threads
 
 
 def _check_problems(problems: Sequence[Mapping[str, Any]], accepted: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ VARIABLE_NAMES = frozenset(
         "fleetfit_accepted_licences",
         "fleetfit_batch",
         "fleetfit_catalog_dirs",
+        "fleetfit_cpu_threads",
         "fleetfit_engine",
         "fleetfit_kv_type",
         "fleetfit_lora_adapters",
@@ -51,13 +52,16 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_n
 # llama-server refuses more parallel sequences than this (LLAMA_MAX_SEQ in its source).
 MAX_SLOTS = 256
 MAX_CONTEXT_TOKENS = 1 << 24
+# ggml takes no more threads in one pool (GGML_MAX_N_THREADS in ggml.h).
+MAX_CPU_THREADS = 512
 
 
 @dataclass(frozen=True)
 class Policy:
     """What the plan must satisfy; lengths in tokens, sizes in bytes.
 
-    ``min_context_tokens`` is per slot and is the context served, exactly. ``replan`` is about this run only
+    ``min_context_tokens`` is per slot and is the context served, exactly. ``cpu_threads`` is how many of the host's
+    threads the engine computes with; 0: all. ``replan`` is about this run only
     and is no part of the recorded policy.
     """
 
@@ -71,6 +75,7 @@ class Policy:
     kv_type: str = "f16"
     accepted_licences: tuple[str, ...] = ()
     vram_reserve_bytes: int = 0
+    cpu_threads: int = 0
     use_gpus: bool = True
     open_webui: bool = False
     simulated_gpus: bool = False
@@ -97,6 +102,7 @@ class Policy:
             "kv_type": self.kv_type,
             "accepted_licences": list(self.accepted_licences),
             "vram_reserve_bytes": self.vram_reserve_bytes,
+            "cpu_threads": self.cpu_threads,
             "use_gpus": self.use_gpus,
             "open_webui": self.open_webui,
             "simulated_gpus": self.simulated_gpus,
@@ -132,6 +138,7 @@ def policy_from_variables(variables: Mapping[str, Any]) -> Policy:
         kv_type=_choice(variables, "fleetfit_kv_type", "f16", KV_TYPES),
         accepted_licences=_names(variables, "fleetfit_accepted_licences"),
         vram_reserve_bytes=_whole(variables, "fleetfit_vram_reserve_bytes", 0, 0, 1 << 50),
+        cpu_threads=_whole(variables, "fleetfit_cpu_threads", 0, 0, MAX_CPU_THREADS),
         use_gpus=_boolean(variables, "fleetfit_use_gpus", True),
         open_webui=_boolean(variables, "fleetfit_open_webui", False),
         simulated_gpus=_boolean(variables, "fleetfit_simulated_gpus", False),

@@ -57,6 +57,11 @@ options:
   vram_reserve_bytes:
     description: GPU memory to keep free on each device. Default is C(fleetfit_vram_reserve_bytes), else 0.
     type: int
+  cpu_threads:
+    description:
+      - How many of the host's threads the engine computes with, where it computes on the CPU.
+      - Default is C(fleetfit_cpu_threads), else 0, which is all of them.
+    type: int
   use_gpus:
     description: Whether to use the host's GPUs at all. Default is C(fleetfit_use_gpus), else V(true).
     type: bool

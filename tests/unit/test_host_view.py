@@ -30,6 +30,15 @@ def test_the_budget_is_total_minus_reserved_foreign_and_reserve() -> None:
     assert found.budget == (12288 - 382 - 512 - 1024) * MIB
 
 
+def test_threads_are_the_hosts_unless_the_policy_says_fewer() -> None:
+    host = facts()
+    threads = host["stable"]["cpu"]["threads"]
+    assert view(host).threads == threads
+    assert view(host, cpu_threads=1).threads == 1
+    with pytest.raises(FleetfitError, match=f"{threads + 1}, and the host's processor has {threads} threads"):
+        view(host, cpu_threads=threads + 1)
+
+
 def test_reserved_that_nvml_does_not_tell_is_taken_from_the_catalog_or_above_the_largest_seen() -> None:
     known = view(facts([accelerator("RTX 3060 12GB", memory_reserved_bytes=None)])).devices[0]
     assert known.reserved_bytes == 382 * MIB

@@ -70,6 +70,7 @@ def test_no_model_named(model: str | None) -> None:
         ("fleetfit_min_tokens_per_s", "fast"),
         ("fleetfit_min_tokens_per_s", float("nan")),
         ("fleetfit_vram_reserve_bytes", -1),
+        ("fleetfit_cpu_threads", -1),
         ("fleetfit_accepted_licences", "apache-2.0"),
         ("fleetfit_replan", "perhaps"),
     ],
