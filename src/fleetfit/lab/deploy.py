@@ -67,7 +67,7 @@ def run_main_job() -> tuple[MainJob, int]:
             envvars={
                 "ANSIBLE_CONFIG": str(root / "ansible.cfg"),
                 "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
-                # ansible-runner gives Ansible a terminal of its own, so Ansible cannot see where its output ends up.
+                # ansible-runner gives Ansible a terminal of its own: Ansible cannot see where its output goes.
                 **({} if sys.stdout.isatty() else {"ANSIBLE_NOCOLOR": "1"}),
             },
             event_handler=job.add_event,
