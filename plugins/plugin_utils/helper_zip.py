@@ -1,14 +1,17 @@
-"""Building the host helper: one zip application of this collection's module_utils and nvidia-ml-py."""
+"""Building the host helper: one zip application of the module_utils that it runs, and nvidia-ml-py."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
 import zipfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_helper import SUBCOMMANDS
 
 PACKAGE = "fleetfit_host"
 MODULE_UTILS = Path(__file__).resolve().parent.parent / "module_utils"
@@ -29,14 +32,37 @@ def find_pynvml() -> Path:
     return Path(spec.origin)
 
 
-@cache
-def build_helper_zip() -> bytes:
-    """Return the host helper's bytes: the same sources give the same bytes on every controller.
+def relative_imports(source: str) -> set[str]:
+    """Return the names after the dot in every relative import of ``source``, those inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return names
+
+
+def helper_modules() -> set[str]:
+    """Return the module_utils that the helper's subcommands import, directly or through each other.
+
+    Only these, so that an edit of what hosts never run, such as the planner, does not change the helper's
+    digest and with it every host.
+    """
+    wanted = {"__init__", "host_helper"} | {module for module, _ in SUBCOMMANDS.values()}
+    found: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        found.add(name)
+        wanted |= relative_imports((MODULE_UTILS / f"{name}.py").read_text()) - found
+    return found
+
+
+def pack_modules(names: Iterable[str]) -> bytes:
+    """Return the zip application with these module_utils: the same sources give the same bytes everywhere.
 
     Nothing is compressed: zlib's output differs between its versions, and with it the digest would, so
     that each controller would send every host the same helper again.
     """
-    files = {f"{PACKAGE}/{path.name}": path.read_bytes() for path in MODULE_UTILS.glob("*.py")}
+    files = {f"{PACKAGE}/{name}.py": (MODULE_UTILS / f"{name}.py").read_bytes() for name in names}
     files["pynvml.py"] = find_pynvml().read_bytes()
     files["__main__.py"] = MAIN.encode()
     buffer = io.BytesIO()
@@ -50,3 +76,9 @@ def build_helper_zip() -> bytes:
             entry.external_attr = 0o100644 << 16
             archive.writestr(entry, files[name])
     return buffer.getvalue()
+
+
+@cache
+def build_helper_zip() -> bytes:
+    """Return the host helper's bytes."""
+    return pack_modules(helper_modules())

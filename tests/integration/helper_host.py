@@ -6,9 +6,15 @@ import json
 import subprocess
 from typing import Any
 
-from ansible_collections.fleetfit.llm.plugins.plugin_utils.helper_zip import build_helper_zip
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.helper_zip import (
+    MODULE_UTILS,
+    build_helper_zip,
+    pack_modules,
+)
 
 HELPER = "/opt/fleetfit/libexec/current/fleetfit-host.pyz"
+# All module_utils, for tests that call in a host what no subcommand of the helper does.
+ALL_MODULES = "/srv/fleetfit-all-modules.pyz"
 
 
 class HelperHost:
@@ -35,10 +41,11 @@ class HelperHost:
         """Put the helper where hosts have it."""
         self.put("/opt/fleetfit/libexec/test/fleetfit-host.pyz", build_helper_zip(), "0755")
         self.run("ln", "-sfn", "test", "/opt/fleetfit/libexec/current")
+        self.put(ALL_MODULES, pack_modules(path.stem for path in MODULE_UTILS.glob("*.py")))
 
     def python(self, code: str, *arguments: str, timeout_s: float = 300) -> Any:
-        """Run Python code in the host with the helper's modules; return the JSON that it prints last."""
-        prefix = f"import sys, json; sys.path.insert(0, {HELPER!r})\n"
+        """Run Python code in the host with our modules; return the JSON that it prints last."""
+        prefix = f"import sys, json; sys.path.insert(0, {ALL_MODULES!r})\n"
         text = self.run("python3", "-", *arguments, stdin=prefix + code, timeout_s=timeout_s)
         return json.loads(text.strip().splitlines()[-1]) if text.strip() else None
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import io
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,8 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.helper_install import
     current_helper,
     install_helper,
 )
-from ansible_collections.fleetfit.llm.plugins.module_utils.host_helper import archive_digest
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_helper import SUBCOMMANDS, archive_digest
+from ansible_collections.fleetfit.llm.plugins.plugin_utils import helper_zip
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.helper_zip import MODULE_UTILS, build_helper_zip
 
 
@@ -43,6 +49,69 @@ def test_no_module_util_imports_the_collection_by_name() -> None:
         if name.startswith("ansible")
     }
     assert guilty == set()
+
+
+@functools.cache
+def python_of(version: str) -> str:
+    """Return a CPython of this version, or skip."""
+    managed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [f"/usr/bin/python{version}", shutil.which(f"python{version}")]
+    for candidate in [*candidates, *managed.glob(f"{version}.*/bin/python{version}")]:
+        # A version manager's shim stands on PATH and does not start.
+        if candidate and shutil.which(candidate) and subprocess.run([candidate, "-c", ""]).returncode == 0:
+            return str(candidate)
+    pytest.skip(f"no CPython {version} on this machine")
+
+
+def packed() -> dict[str, str]:
+    """Return the modules in the helper's package and their sources."""
+    with zipfile.ZipFile(io.BytesIO(build_helper_zip())) as archive:
+        return {
+            Path(name).stem: archive.read(name).decode()
+            for name in archive.namelist()
+            if name.startswith(f"{helper_zip.PACKAGE}/")
+        }
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.11", "3.13"])
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_every_subcommand_is_complete_in_the_archive(tmp_path: Path, version: str, subcommand: str) -> None:
+    python = python_of(version)
+    program = tmp_path / "fleetfit-host.pyz"
+    program.write_bytes(build_helper_zip())
+    module, function = SUBCOMMANDS[subcommand]
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(program)!r})\n"
+        f"getattr(importlib.import_module('fleetfit_host.{module}'), {function!r})"
+    )
+    subprocess.run([python, "-I", "-c", code], check=True, cwd="/")
+    # download takes a folder and no options.
+    arguments = ["/nonexistent"] if subcommand == "download" else ["--help"]
+    done = subprocess.run([python, "-I", program, subcommand, *arguments], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if subcommand == "download" else 0), done.stderr
+
+
+def test_what_the_archive_imports_late_is_in_it_too() -> None:
+    # Not by the code that collects them: a text search, which sees imports inside functions as well.
+    modules = packed()
+    for name, source in modules.items():
+        for match in re.finditer(r"^\s*from \.(\w*) import ([^(\n]+)", source, re.MULTILINE):
+            wanted = [match[1]] if match[1] else [part.split()[0] for part in match[2].split(",")]
+            assert set(wanted) <= set(modules), f"{name}: {match[0].strip()}"
+
+
+@pytest.mark.parametrize(("edited", "same"), [("selection", True), ("plan", True), ("switch", False)])
+def test_an_edit_of_what_hosts_do_not_run_leaves_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str, same: bool
+) -> None:
+    before = build_helper_zip.__wrapped__()
+    copy = tmp_path / "module_utils"
+    shutil.copytree(MODULE_UTILS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / f"{edited}.py").open("a") as stream:
+        stream.write("# edited\n")
+    monkeypatch.setattr(helper_zip, "MODULE_UTILS", copy)
+    assert (build_helper_zip.__wrapped__() == before) is same
 
 
 def test_the_archive_runs_isolated_and_knows_its_digest(tmp_path: Path) -> None:
