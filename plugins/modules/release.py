@@ -254,6 +254,7 @@ referenced:
 """
 
 import json
+import os
 import subprocess
 import time
 
@@ -481,6 +482,10 @@ class Call(Host):
         previous = attached["from"] if attached else current_digest(self.paths, self.service)
         written = write_release(self.spec, self.paths)
         digest = written.digest
+        # Where SELinux is on, systemd may start only what has the label of a program (host_baseline has the rule).
+        self.module.set_default_selinux_context(
+            os.path.join(self.paths.releases(self.service), digest, "run"), False
+        )
         journal, reason = attached, "a switch was under way" if attached else None
         kind = attached["kind"] if attached else None
         switched = kind in ("switch", "rollback") and attached["state"] == "committed"

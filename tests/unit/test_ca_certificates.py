@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.ca_certificates import (
     TRUST_STORES,
+    TrustStore,
     apply_changes,
     certificate_bodies,
     check_certificates,
@@ -45,6 +46,22 @@ def test_nothing_to_do_when_bundle_holds_it(root: Path) -> None:
     (root / STORE.directory.lstrip("/") / "fleetfit-proxy.crt").write_text(PEM)
     (root / STORE.bundle.lstrip("/")).write_text(OTHER + PEM)
     assert not plan_changes({"proxy": PEM}, STORE, str(root)).any
+
+
+@pytest.mark.parametrize("store", TRUST_STORES, ids=["Debian", "Red Hat"])
+def test_each_family_has_its_own_store(tmp_path: Path, store: TrustStore) -> None:
+    program = tmp_path / store.command[0].lstrip("/")
+    program.parent.mkdir(parents=True)
+    program.touch()
+    assert find_trust_store(str(tmp_path)) == store
+    calls: list[list[str]] = []
+    changes = plan_changes({"proxy": PEM}, store, str(tmp_path))
+    apply_changes(changes, store, lambda argv: (calls.append(argv), (0, "", ""))[1])
+    assert (tmp_path / store.directory.lstrip("/") / "fleetfit-proxy.crt").read_text() == PEM
+    assert calls == [list(store.command)]
+    (tmp_path / store.bundle.lstrip("/")).parent.mkdir(parents=True)
+    (tmp_path / store.bundle.lstrip("/")).write_text(PEM)
+    assert not plan_changes({"proxy": PEM}, store, str(tmp_path)).any
 
 
 def test_killed_between_copy_and_rebuild_is_finished(root: Path) -> None:
