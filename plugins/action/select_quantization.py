@@ -9,6 +9,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.plan import plan_host
 from ansible_collections.fleetfit.llm.plugins.module_utils.policy import (
+    check_shared_variables,
     check_variable_names,
     policy_from_variables,
 )
@@ -18,6 +19,7 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import
     check_schema_of_plan,
     load_catalog,
 )
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.role_variables import check_role_variables
 
 # Option of the module -> the variable that it stands for.
 VARIABLES = {
@@ -39,6 +41,8 @@ VARIABLES = {
 }
 # Variables that no option repeats: they belong to the host, not to one plan.
 OTHER_VARIABLES = ("fleetfit_open_webui", "fleetfit_simulated_gpus", "host_baseline_accepted_problems")
+# Defaults of the roles' own variables: judged here, where the name that the user wrote is known.
+SHARED_VARIABLES = ("fleetfit_proof_s", "fleetfit_proxy", "fleetfit_release_hold", "fleetfit_secrets_dir")
 OPTIONS = {name: {"type": "raw"} for name in (*VARIABLES, "facts", "previous_plan")}
 
 
@@ -83,7 +87,10 @@ class ActionModule(ActionBase):
             variables[name] = self._variable(name, task_vars) if value is None else value
         host_facts = task_vars.get("ansible_facts") or {}
         # Facts are variables too where ansible.cfg injects them.
-        check_variable_names(name for name in task_vars if name not in host_facts)
+        names = [name for name in task_vars if name not in host_facts]
+        check_variable_names(names)
+        check_role_variables(names)
+        check_shared_variables({name: self._variable(name, task_vars) for name in SHARED_VARIABLES})
         policy = policy_from_variables(variables)
         facts = arguments.get("facts") or host_facts.get("fleetfit")
         if not facts:

@@ -47,6 +47,7 @@ VARIABLE_NAMES = frozenset(
 )
 # As alike as a name with a letter left out, doubled or changed, or with its words in another form.
 LIKENESS = 0.85
+PROXY_KEYS = ("http", "https", "no_proxy")
 # llama-server's -ctk/-ctv choices; fp8 is vLLM's.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "fp8")
 # llama-server refuses more parallel sequences than this (LLAMA_MAX_SEQ in its source).
@@ -163,6 +164,46 @@ def check_variable_names(names: Iterable[str]) -> None:
                 code="unknown_variable",
                 remedy=f"Write {near[0]}, or give your own variable a name that does not resemble it.",
             )
+
+
+def check_shared_variables(variables: Mapping[str, Any]) -> None:
+    """Raise ``bad_policy`` for a variable of all roles that is not what they take; absent ones are None.
+
+    A proxy's address can hold a password, so it is never shown.
+    """
+    proxy = variables.get("fleetfit_proxy")
+    if proxy is not None:
+        wanted = f"a mapping with {', '.join(PROXY_KEYS)}"
+        if not isinstance(proxy, Mapping):
+            raise _bad_proxy(f"fleetfit_proxy is {_kind(proxy)}", wanted)
+        for key, value in proxy.items():
+            if key not in PROXY_KEYS:
+                raise _bad_proxy(f"fleetfit_proxy has the key {key!r}", wanted)
+            if value is not None and not isinstance(value, str):
+                raise _bad_proxy(f"fleetfit_proxy.{key} is {_kind(value)}", "a text")
+            if value and key != "no_proxy" and "://" not in value:
+                raise _bad_proxy(
+                    f"fleetfit_proxy.{key} has no scheme", "an address such as http://proxy.example:3128"
+                )
+    _number(variables, "fleetfit_proof_s", 0.0)
+    _boolean(variables, "fleetfit_release_hold", True)
+    directory = variables.get("fleetfit_secrets_dir")
+    if directory is not None and (not isinstance(directory, str) or not directory):
+        raise _bad("fleetfit_secrets_dir", directory, "a directory on the controller")
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is, in a user's words: Ansible's own types have other names."""
+    for kind, words in ((bool, "true or false"), (str, "a text"), (int, "a number"), (float, "a number")):
+        if isinstance(value, kind):
+            return words
+    return "a mapping" if isinstance(value, Mapping) else "a list"
+
+
+def _bad_proxy(what: str, wanted: str) -> FleetfitError:
+    return FleetfitError(
+        f"{what}; it must be {wanted}.", code="bad_policy", remedy="Correct fleetfit_proxy in the inventory."
+    )
 
 
 def check_min_context(policy: Policy, native_tokens: int, max_tokens: int, model: str) -> None:

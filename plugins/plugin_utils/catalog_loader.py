@@ -162,11 +162,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
             data = yaml.load(stream, Loader=_safe_loader())  # noqa: S506 - it is the safe loader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FleetfitError(
             f"{path} is not valid YAML: {' '.join(str(error).split())}.",
             code="bad_yaml",
-            remedy="Correct the file.",
+            remedy="Correct the file; it has to be text in UTF-8.",
+        ) from None
+    except OSError as error:
+        raise FleetfitError(
+            f"{path} cannot be read: {error.strerror}.",
+            code="file_unreadable",
+            remedy="Look at what is there, and at its permissions.",
         ) from None
     if not isinstance(data, dict):
         raise FleetfitError(f"{path} holds no mapping.", code="bad_yaml", remedy="Correct the file.")
@@ -186,9 +192,15 @@ def check_schema(data: Mapping[str, Any], schema: str, origin: str | Path) -> No
     )
     if not errors:
         return
-    error = errors[0]
+    # A mistake in a value says more than the form that the whole does not have because of it.
+    error = max(errors, key=lambda item: len(item.absolute_path))
     while error.context:
-        error = min(error.context, key=lambda item: (-len(item.absolute_path), item.message))
+        candidates = error.context
+        if schema == "catalog_entry" and not error.absolute_path:
+            # The forms at the top level, in the schema's order: a whole entry, and an overlay.
+            form = 1 if "extends" in data else 0
+            candidates = [item for item in candidates if item.schema_path[0] == form] or candidates
+        error = min(candidates, key=lambda item: (-len(item.absolute_path), item.message))
     place = ".".join(str(part) for part in error.absolute_path) or "the top level"
     raise FleetfitError(
         f"{origin}: at {place}: {error.message}.",

@@ -58,6 +58,17 @@ def main() -> NoReturn:
     except FleetfitError as error:
         click.echo(f"fleetfit: {error}", err=True)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        # A file or a folder that is not what the user takes it for, or a full disk: never a traceback.
+        where = f": {error.filename}" if error.filename else ""
+        click.echo(
+            f"fleetfit: {error.strerror or error}{where}. Look at that path, its permissions and the disk.",
+            err=True,
+        )
+        sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -118,11 +118,19 @@ def run_verify(
         status, output = run.rc, run.stdout.read()
     # 2 and 4 are ansible's own codes for failed and unreachable hosts: those are in the reports.
     if status not in (0, 2, 4) or (status != 0 and not outcome.reports):
-        lines = [line for line in output.splitlines() if line.strip()]
-        outcome.problem = _ESCAPES.sub("", " ".join(lines[-6:])) or f"ansible-playbook ended with {status}"
+        outcome.problem = reason_of(output) or f"ansible-playbook ended with {status}"
     elif not outcome.reports:
         outcome.problem = "The inventory has no host in the group llm_hosts that fits."
     return outcome
+
+
+def reason_of(output: str) -> str:
+    """Return, in one line, why ansible-playbook ended before it asked a host: its errors, then its warnings."""
+    lines = [line.strip() for line in _ESCAPES.sub("", output).splitlines() if line.strip()]
+    errors = [line.removeprefix("[ERROR]: ") for line in lines if line.startswith("[ERROR]: ")]
+    warnings = [line.removeprefix("[WARNING]: ") for line in lines if line.startswith("[WARNING]: ")]
+    places = [line for line in lines if re.match(r"Origin: /\S+:\d+", line)]
+    return " ".join(dict.fromkeys([*errors, *warnings[:2], *places[:1]])) or " ".join(lines[-6:])
 
 
 def memory_text(report: Mapping[str, Any]) -> str:

@@ -126,6 +126,8 @@ def test_a_template_beside_the_entry_is_read(tmp_path: Path) -> None:
         ({"extends": "smollm2-135m-instruc"}, "unknown_model", LAB),
         ({"variants": [{"name": "Q8_0"}]}, "schema_mismatch", "variants.0"),
         ({"surprise": 1}, "schema_mismatch", "surprise"),
+        ({"variants": "nothing"}, "schema_mismatch", "variants"),
+        ({"extends": 5}, "schema_mismatch", "extends"),
         ({"extended_context_tokens": 4096}, "bad_catalog_entry", "below the native"),
         ({"extended_context_tokens": 16384}, "bad_catalog_entry", "rope_scaling"),
         (
@@ -163,6 +165,28 @@ def test_yaml_that_is_none_and_a_directory_that_is_not_there(tmp_path: Path) -> 
     assert error.code == "bad_yaml"
     assert str(path) in str(error)
     assert refused(tmp_path / "nowhere").code == "catalog_dir_missing"
+
+
+@pytest.mark.parametrize("kind", ["no text", "a folder", "a link to nothing"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "lab.yml"
+    if kind == "no text":
+        path.write_bytes(b"\xff\xfe\0")
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/nonexistent/lab.yml")
+    error = refused(tmp_path)
+    assert error.code == ("bad_yaml" if kind == "no text" else "file_unreadable")
+    assert str(path) in str(error)
+    assert error.remedy
+
+
+def test_an_entry_of_ones_own_hears_what_it_lacks_and_not_what_an_overlay_would(tmp_path: Path) -> None:
+    write(tmp_path / "own.yml", {"schema_version": 1, "id": "own-model", "variants": []})
+    said = str(refused(tmp_path))
+    assert "extends" not in said
+    assert "'family' is a required property" in said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -51,6 +52,11 @@ def run_main(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     [
         (FleetfitError("It broke.", code="x", remedy="Mend it."), 2, "fleetfit: It broke. Mend it.\n"),
         (KeyboardInterrupt(), 130, "\nfleetfit: interrupted; the same command goes on from here\n"),
+        (
+            PermissionError(13, "Permission denied", "/x/y"),
+            2,
+            "fleetfit: Permission denied: /x/y. Look at that path, its permissions and the disk.\n",
+        ),
         (click.exceptions.Exit(1), 1, ""),
     ],
 )
@@ -63,6 +69,13 @@ def test_exit_codes(
 ) -> None:
     assert run_main(monkeypatch, error) == code
     assert capsys.readouterr().err == text
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    fleetfit = Path(sys.executable).with_name("fleetfit")
+    script = f"{fleetfit} catalog show qwen2.5-7b-instruct | head -1"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_an_unknown_subcommand_is_a_usage_error() -> None:

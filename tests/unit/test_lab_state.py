@@ -54,6 +54,13 @@ def test_a_broken_state_file_is_no_state(tmp_path: Path, text: str) -> None:
     assert read_state(LabPaths(tmp_path)) == LabState()
 
 
+def test_a_folder_in_the_states_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lab/state.json").mkdir(parents=True)
+    with pytest.raises(FleetfitError, match=r"state\.json is no file") as caught:
+        read_state(LabPaths(tmp_path))
+    assert caught.value.remedy
+
+
 def test_a_state_of_another_version_is_named(tmp_path: Path) -> None:
     write_atomically(tmp_path / ".lab/state.json", json.dumps({"schema_version": 9, "hosts": {}}))
     with pytest.raises(FleetfitError, match="schema version 9"):

@@ -12,10 +12,15 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.errors import Fleetfi
 from ansible_collections.fleetfit.llm.plugins.module_utils.policy import (
     VARIABLE_NAMES,
     Policy,
+    check_shared_variables,
     check_variable_names,
     policy_from_variables,
 )
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import SCHEMA_DIR, read_yaml
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.role_variables import (
+    check_role_variables,
+    role_variables,
+)
 
 
 def test_defaults_are_the_contracts() -> None:
@@ -116,3 +121,60 @@ def test_no_variable_of_the_project_is_taken_for_a_slip() -> None:
     assert "fleetfit_model" in used
     facts = {"fleetfit_plan", "fleetfit_previous_plan"}
     check_variable_names(used - facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("llama_cpp_prot", "llama_cpp_port"),
+        ("open_webui_wheelhouse", "open_webui_wheelhouses"),
+        ("host_baseline_ca_certificate", "host_baseline_ca_certificates"),
+        ("model_store_end_point", "model_store_endpoint"),
+        ("nvidia_driver_reboots", "nvidia_driver_reboot"),
+    ],
+)
+def test_a_misspelt_variable_of_a_role_is_refused_with_the_right_name(name: str, right: str) -> None:
+    with pytest.raises(FleetfitError, match=f"The variable {name} ") as caught:
+        check_role_variables(["inventory_hostname", name])
+    assert caught.value.code == "unknown_variable"
+    assert f"Write {right}," in str(caught.value.remedy)
+
+
+def test_no_variable_or_result_of_a_role_is_taken_for_a_slip() -> None:
+    known = {f"{role}_{option}" for role, options in role_variables().items() for option in options}
+    assert len(known) > 80
+    results = set()
+    for path in (Path(__file__).resolve().parents[2] / "roles").glob("*/tasks/*.yml"):
+        text = path.read_text()
+        results |= set(re.findall(r"register: (\w+)", text)) | set(
+            re.findall(r"^    (\w+): ", text, re.MULTILINE)
+        )
+    check_role_variables(known | results | {"vllm", "verify_the_fleet", "open_webui_logo", "llama_cpp_notes"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"fleetfit_proxy": "http://who:secret@proxy:3128"}, "fleetfit_proxy is a text"),
+        ({"fleetfit_proxy": {"http": "proxy:3128"}}, "fleetfit_proxy.http has no scheme"),
+        ({"fleetfit_proxy": {"no-proxy": "x"}}, "the key 'no-proxy'"),
+        ({"fleetfit_proxy": {"no_proxy": ["a", "b"]}}, "fleetfit_proxy.no_proxy is a list"),
+        ({"fleetfit_proof_s": "soon"}, "fleetfit_proof_s is 'soon'"),
+        ({"fleetfit_release_hold": "perhaps"}, "fleetfit_release_hold is 'perhaps'"),
+        ({"fleetfit_secrets_dir": 7}, "fleetfit_secrets_dir is 7"),
+    ],
+)
+def test_a_wrong_type_of_what_all_roles_share_is_named_as_the_user_wrote_it(
+    variables: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(FleetfitError, match="it must be") as caught:
+        check_shared_variables(variables)
+    assert said in str(caught.value)
+    assert "secret@" not in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_shared_variables_that_are_right_or_absent() -> None:
+    proxy = {"http": "http://p:3128", "https": None, "no_proxy": ".example"}
+    check_shared_variables({"fleetfit_proxy": proxy, "fleetfit_proof_s": 0, "fleetfit_release_hold": "false"})
+    check_shared_variables({"fleetfit_proxy": {}, "fleetfit_secrets_dir": None})

@@ -171,3 +171,12 @@ def test_sub_task_files_prefix_their_tasks() -> None:
             prefix = path.stem
             for task in tasks_of(load(path) or []):
                 assert task["name"].startswith(f"{prefix} | "), f"{identify(path)}: {task['name']}"
+
+
+@pytest.mark.parametrize("path", PLAYS, ids=identify)
+def test_a_play_on_an_inventory_without_hosts_is_no_success(path: Path) -> None:
+    # A play on a group that is not there does nothing and ends with 0.
+    for play in load(path):
+        hosts = play.get("hosts")
+        if path.name not in ("deploy_hosts.yml", "report_drivers.yml") and hosts is not None:
+            assert "undef(hint='The inventory has no host in the group llm_hosts" in hosts

@@ -61,6 +61,12 @@ def read_state(paths: LabPaths) -> LabState:
     path = paths.folder / "state.json"
     if not path.exists():
         return LabState()
+    if not path.is_file():
+        raise FleetfitError(
+            f"{path} is no file, so that the lab's state cannot be kept there.",
+            code="bad_lab_state",
+            remedy="Remove it; `fleetfit lab up` finds the lab's containers without it.",
+        )
     try:
         data = json.loads(path.read_text())
         version = data["schema_version"]

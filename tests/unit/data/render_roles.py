@@ -119,7 +119,8 @@ class Role:
             if not templar.evaluate_conditional(condition):
                 self.say(task, f"REFUSED: {templar.template(arguments.get('fail_msg', ''))}")
                 return
-        self.say(task, "met")
+        if [self.title(task), "met"] not in self.rendered[-1:]:  # once for all requirements of a task
+            self.say(task, "met")
 
     def told(self, module: str, arguments: Any, templar: Templar, extra: dict[str, Any]) -> str:
         """Render what a module is told, a template with its content."""
@@ -132,7 +133,10 @@ class Role:
         return f"{module}\n{yaml.dump(json.loads(json.dumps(told)), Dumper=Readable, width=110)}"
 
     def say(self, task: dict[str, Any], text: str) -> None:
-        self.rendered.append([f"{self.role}: {task['name']}", text])
+        self.rendered.append([self.title(task), text])
+
+    def title(self, task: dict[str, Any]) -> str:
+        return f"{self.role}: {task['name']}"
 
 
 CONTENT = trust_as_template("{{ lookup('ansible.builtin.template', rendered_file) }}")
