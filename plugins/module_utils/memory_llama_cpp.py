@@ -1,7 +1,7 @@
 """What llama-server allocates, per device and on the host, before it is started.
 
 Every figure was compared with llama.cpp's own accounting (``llama-fit-params``; tests/integration and
-benchmarks/memory_oracle.py). Terms of the CUDA backend alone were read in its source and not run; they are
+benchmarks/sizing). Terms of the CUDA backend alone were read in its source and not run; they are
 named so.
 """
 

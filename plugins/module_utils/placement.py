@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, combinations, permutations
+from math import inf
 from typing import Optional
 
 from . import memory_llama_cpp as llama
@@ -232,7 +233,7 @@ class LlamaPlacer:
                 # The host's part of the engine lives in the same memory.
                 room -= self._host_need(context_tokens, mode, bool(n_cpu_moe))
             here = max(bisect_right(sizes, sizes[placed] + room) - 1 - placed, 0)
-            if everything and _slower(device, group[:index]):
+            if everything and self._slower(device, group[:index]):
                 # A slow device that could take everything would leave nothing for the faster ones.
                 here = min(here, max(self._all - 1 - placed - index, 0))
             counts[index] += here
@@ -298,7 +299,7 @@ class LlamaPlacer:
         fits."""
         if len(placement.devices) < 2:
             return placement
-        if len({device.bandwidth_bytes_per_s for device in placement.devices}) > 1:
+        if len({self._layer_seconds(device) for device in placement.devices}) > 1:
             return self._sped_up(placement, context_tokens)
         counts = _shares([device.budget for device in placement.devices], self._all)
         if 0 in counts:
@@ -306,20 +307,36 @@ class LlamaPlacer:
         spread = self._placement(placement.devices, counts, 0, context_tokens)
         return spread if spread.estimate.fits else placement
 
+    def _layer_seconds(self, device: DeviceBudget) -> float:
+        """Return what a middling block costs a token on this device: reading it, and its kernels.
+
+        Not the bandwidth alone: where decoding was measured, kernels tell (a layer on an H200 can cost what it
+        costs on an A100). Infinite where the bandwidth is not known.
+        """
+        if not device.bandwidth_bytes_per_s:
+            return inf
+        decode = device.decode or LLAMA_CPP_GPU
+        read = self._read_bytes(self.shape.layers // 2)
+        return read / (device.bandwidth_bytes_per_s * min(decode.factor, 1.0)) + decode.layer_seconds
+
+    def _slower(self, device: DeviceBudget, others: Sequence[DeviceBudget]) -> bool:
+        """Return whether a layer is known to cost less on one of ``others`` than on ``device``."""
+        return any(self._layer_seconds(other) < self._layer_seconds(device) for other in others)
+
     def _sped_up(self, placement: Placement, context_tokens: int) -> Placement:
         """Return the placement with layers moved from slower devices to faster ones, as long as all still fits.
 
         The filling begins with the last device, whether it is the fastest or not: more memory on a slow one
         would take layers from a fast one.
         """
-        speeds = [device.bandwidth_bytes_per_s or 0.0 for device in placement.devices]
-        if 0.0 in speeds:
+        seconds = [self._layer_seconds(device) for device in placement.devices]
+        if inf in seconds:
             return placement
-        fastest_first = sorted(range(len(speeds)), key=lambda index: (-speeds[index], index))
+        fastest_first = sorted(range(len(seconds)), key=lambda index: (seconds[index], index))
         counts = list(placement.tensor_split)
         for fast in fastest_first:
             for slow in reversed(fastest_first):
-                while speeds[slow] < speeds[fast] and counts[slow] > 1:
+                while seconds[slow] > seconds[fast] and counts[slow] > 1:
                     moved = list(counts)
                     moved[fast] += 1
                     moved[slow] -= 1
@@ -538,13 +555,6 @@ def _best(found: Sequence[Placement]) -> Optional[Placement]:
         if best is None or item.rank > best.rank:
             best = item
     return best
-
-
-def _slower(device: DeviceBudget, others: Sequence[DeviceBudget]) -> bool:
-    """Return whether one of ``others`` is known to read its memory faster than ``device``."""
-    return any(
-        (other.bandwidth_bytes_per_s or 0.0) > (device.bandwidth_bytes_per_s or 0.0) for other in others
-    )
 
 
 def _missing(estimate: Estimate) -> int:

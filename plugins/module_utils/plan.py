@@ -17,6 +17,7 @@ from .selection import (
     NothingFitsError,
     Request,
     choose,
+    computes_natively,
     evaluate,
     layout_of,
     nothing_fits,
@@ -197,7 +198,7 @@ def sources_of(request: Request, chosen: Candidate) -> dict[str, str]:
             if unknown
             else "bytes read per token over memory bandwidth, short context"
         ),
-        "expected_tokens_per_s": expected_source(chosen),
+        "expected_tokens_per_s": expected_source(request, chosen),
     }
     if not chosen.resident and llama_cpp:
         sources["ram_bandwidth"] = request.view.ram_bandwidth_source
@@ -209,14 +210,15 @@ def sources_of(request: Request, chosen: Candidate) -> dict[str, str]:
     return sources
 
 
-def expected_source(chosen: Candidate) -> str:
+def expected_source(request: Request, chosen: Candidate) -> str:
     """Return what the expected speed rests on: measurements of such cards, or the engine's constant."""
     if chosen.engine == "llama_cpp":
         known = [device.decode or LLAMA_CPP_GPU for device in chosen.devices] or [LLAMA_CPP_CPU]
         if chosen.devices and not chosen.resident:
             known.append(LLAMA_CPP_CPU)
     else:
-        known = [vllm_efficiency(chosen.variant.scheme)]
+        native = computes_natively(request.engines, chosen.variant, chosen.devices)
+        known = [vllm_efficiency(chosen.variant.scheme, native=native)]
     return "one stream, short context; " + "; ".join(dict.fromkeys(item.source for item in known))
 
 

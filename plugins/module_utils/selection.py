@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any, Optional
 
 from . import memory_llama_cpp as llama
@@ -60,6 +61,8 @@ REJECTION_CODES = (
 BFLOAT16_ONLY_ARCHITECTURES = frozenset({"gemma2", "gemma3"})
 # vLLM serves more sequences than the policy asks for from the same pool; each costs 39 B x vocabulary.
 VLLM_MIN_SEQUENCES = 16
+# With more cards than this only the largest are tried, in one order.
+VLLM_EXHAUSTIVE_DEVICES = 4
 HOST = "host"
 
 
@@ -635,29 +638,37 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
 
     best: Optional[tuple[tuple[float, float, int], tuple[DeviceBudget, ...], int, vllm.VllmEstimate]] = None
     refusal: Optional[FleetfitError] = None
-    capabilities = [device.compute_capability for device in view.devices]
+    able_groups: list[tuple[tuple[DeviceBudget, ...], int]] = []
+    devices = _vllm_devices(engine, view)
+    capabilities = [device.compute_capability for device in devices]
     able = able_devices(wheels, capabilities, _least_capability(engine, variant, shape))
     # A host on which no build runs is placed all the same, so that the answer says what else would be missing.
-    for group, tensor in _vllm_groups([view.devices[index] for index in able] or view.devices):
+    for group, tensor in _vllm_groups([devices[index] for index in able] or devices):
         try:
             estimate = placed(group, tensor, policy.min_context_tokens)
         except FleetfitError as error:
             refusal = refusal or error
             continue
         missing = sum(max(0, terms.short_by) for terms in (*estimate.devices, estimate.host))
-        speed = _vllm_speed(layout, group, tensor, shape)[1]
+        native = computes_natively(request.engines, variant, group)
+        speed = _vllm_speed(layout, group, tensor, shape, native)[1]
         rank = (-float(missing), speed or 0.0, -len(group))
+        able_groups.append((group, tensor))
         if best is None or rank > best[0]:
             best = (rank, group, tensor, estimate)
     if best is None:
         reason = refusal.message if refusal else "no group of its GPUs can serve it"
         return replace(candidate, rejected=rejected or Rejection("parallelism_not_divisible", reason))
     _, group, tensor, estimate = best
-    roofline, expected = _vllm_speed(layout, group, tensor, shape)
+    native = computes_natively(request.engines, variant, group)
+    roofline, expected = _vllm_speed(layout, group, tensor, shape, native)
     if not estimate.fits:
         rejected = rejected or _memory_rejection(estimate, group)
     rejected = rejected or _speed_rejection(request, expected) or _pin_rejection(request, variant)
-    longest = longest_context(lambda tokens: placed(group, tensor, tokens).fits, entry.max_context_tokens)
+    # On whatever cards, as with llama.cpp: what is asked for may be fastest on fewer than hold the most.
+    longest = longest_context(
+        lambda tokens: any(placed(*item, tokens).fits for item in able_groups), entry.max_context_tokens
+    )
     if estimate.fits:
         longest = max(longest, policy.min_context_tokens)
     lowest = min(compute_capability_number(device.compute_capability or "0.0") for device in group)
@@ -701,19 +712,37 @@ def _vllm_device_rejection(
 ) -> Optional[Rejection]:
     if not view.devices:
         return Rejection("no_gpu", "vLLM needs an NVIDIA GPU, and this host has none to use")
-    if any(device.mig for device in view.devices) and not engine["supports_mig"]:
+    devices = _vllm_devices(engine, view)
+    if not devices:
         return Rejection("mig_not_supported", "vLLM on an instance of a partitioned card was never run")
     problem = gpu_problem(
         wheels,
-        [(device.name, device.compute_capability) for device in view.devices],
+        [(device.name, device.compute_capability) for device in devices],
         view.driver_version,
         scheme=variant.scheme + (" in bfloat16" if _bfloat16_only(shape) else ""),
         least=_least_capability(engine, variant, shape),
     )
     if problem is None:
         return None
-    device = None if problem.device is None else view.devices[problem.device].id
+    device = None if problem.device is None else devices[problem.device].id
     return Rejection(problem.code, problem.reason, device=device)
+
+
+def _vllm_devices(engine: Mapping[str, Any], view: HostView) -> tuple[DeviceBudget, ...]:
+    """Return the devices that vLLM may be planned on: no instance of a partitioned card until that was run."""
+    return tuple(device for device in view.devices if not device.mig or engine["supports_mig"])
+
+
+def computes_natively(engines: Mapping[str, Any], variant: Variant, devices: Sequence[DeviceBudget]) -> bool:
+    """Return whether every device computes in the variant's own format, where vLLM has such kernels for it.
+
+    Elsewhere the weights alone are in that format and are widened for each product (FP8 below 8.9).
+    """
+    native = engines["engines"]["vllm"]["schemes"].get(variant.scheme, {}).get("native_compute_capability")
+    return native is not None and all(
+        compute_capability_number(device.compute_capability or "0.0") >= compute_capability_number(native)
+        for device in devices
+    )
 
 
 def _vllm_dtype(shape: ModelShape, scheme: str, bfloat16: bool) -> str:
@@ -739,23 +768,38 @@ def _bfloat16_only(shape: ModelShape) -> bool:
 
 
 def _vllm_groups(devices: Sequence[DeviceBudget]) -> list[tuple[tuple[DeviceBudget, ...], int]]:
-    """Return (devices, tensor parallelism) worth trying: each alone, then 2, 4 and 8 as tensors, else as a
-    pipeline."""
+    """Return (devices in rank order, tensor parallelism) worth trying: each alone, then groups of several.
+
+    The tensor ranks of one stage are cards of one name (the slowest and smallest would bound the others); what
+    is left of the group is a pipeline. Up to :data:`VLLM_EXHAUSTIVE_DEVICES` every set and order is tried,
+    since the first and the last stage hold more than the others; beyond, the largest cards in their order.
+    """
     groups: list[tuple[tuple[DeviceBudget, ...], int]] = [((device,), 1) for device in devices]
     ranked = sorted((item for item in devices if not item.mig), key=lambda item: -item.budget)
+    orders: list[tuple[DeviceBudget, ...]] = []
     for size in range(2, len(ranked) + 1):
-        group = tuple(ranked[:size])
-        if size in (2, 4, 8) and len({device.name for device in group}) == 1:
-            groups.append((group, size))
-        groups.append((group, 1))
+        if len(ranked) <= VLLM_EXHAUSTIVE_DEVICES:
+            orders += permutations(ranked, size)
+        else:
+            orders.append(tuple(ranked[:size]))
+    seen: set[tuple[object, ...]] = set()
+    for group in orders:
+        kind = tuple(replace(device, id="") for device in group)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        for tensor in range(len(group), 0, -1):
+            stages = [group[start : start + tensor] for start in range(0, len(group), tensor)]
+            if len(group) % tensor == 0 and all(len({card.name for card in stage}) == 1 for stage in stages):
+                groups.append((group, tensor))
     return groups
 
 
 def _vllm_speed(
-    layout: TensorLayout, group: Sequence[DeviceBudget], tensor: int, shape: ModelShape
+    layout: TensorLayout, group: Sequence[DeviceBudget], tensor: int, shape: ModelShape, native: bool
 ) -> tuple[Optional[float], Optional[float]]:
     """Return (roofline, expected) tokens/s of one stream: stages one after another, ranks of a stage at
-    once."""
+    once; ``native``: every card computes in the scheme's own format."""
     if any(not device.bandwidth_bytes_per_s for device in group):
         return None, None
     experts = sum(layout.block_experts)
@@ -764,7 +808,7 @@ def _vllm_speed(
         active += experts * shape.experts_used // shape.experts
     read = active + layout.output_norm + layout.output_head
     stages = len(group) // tensor
-    efficiency = vllm_efficiency(layout.scheme)
+    efficiency = vllm_efficiency(layout.scheme, native=native)
     parts = []
     for stage in range(stages):
         ranks = group[stage * tensor : (stage + 1) * tensor]

@@ -1,4 +1,4 @@
-"""The planner's decisions against a brute force over llama.cpp's own accounting (benchmarks/decisions.py).
+"""The planner's decisions against a brute force over llama.cpp's own accounting (benchmarks/sizing).
 
 No false fit, at most 1 % needless refusals, each missing by at most max(256 MiB, 2 % of the card). ``make
 test`` judges a sample, ``make test-all`` all cases.
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import decisions
-import llama_oracle
+from benchmarks.sizing import decisions
+from benchmarks.sizing.oracle import Oracle, OracleMissingError
 
 CASES = 574
 SAMPLE = 60
@@ -27,9 +27,9 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[decisions.Truth]
     """The oracle; without it these tests fail and say how to build it: a skipped comparison proves
     nothing."""
     try:
-        with decisions.open_truth(tmp_path_factory.mktemp("sparse")) as truth:
+        with decisions.open_truth(Oracle(tmp_path_factory.mktemp("sparse"))) as truth:
             yield truth
-    except llama_oracle.OracleMissingError as missing:
+    except OracleMissingError as missing:
         pytest.fail(str(missing), pytrace=False)
 
 

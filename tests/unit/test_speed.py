@@ -10,6 +10,8 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.speed import (
     VLLM_4_BIT,
     VLLM_8_BIT,
     VLLM_16_BIT,
+    VLLM_FP8_NATIVE,
+    VLLM_FP8_WEIGHT_ONLY,
     Efficiency,
     decode_efficiency,
     expected_tokens_per_s,
@@ -51,7 +53,9 @@ def test_a_public_claim_above_the_cap_is_impossible() -> None:
 
 def test_vllm_factors_by_scheme() -> None:
     assert vllm_efficiency("AWQ") == VLLM_4_BIT
-    assert vllm_efficiency("FP8") == VLLM_8_BIT
+    assert vllm_efficiency("GPTQ-Int8") == VLLM_8_BIT
+    assert vllm_efficiency("FP8") == VLLM_FP8_WEIGHT_ONLY
+    assert vllm_efficiency("FP8", native=True) == VLLM_FP8_NATIVE
     assert vllm_efficiency("BF16") == VLLM_16_BIT
 
 

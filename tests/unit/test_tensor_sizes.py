@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.model_shape import ModelShape
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
@@ -22,6 +26,8 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
     scheme_of_config,
     tensor_type,
 )
+
+from benchmarks.sizing import files
 
 QWEN2_5 = {
     "0.5B": ModelShape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, True, 32768, attention_bias=True),
@@ -41,45 +47,18 @@ PARAMETERS = {
     "32B": 32_763_876_352,
     "72B": 72_706_203_648,
 }
-# Sizes on model cards, in GB with the digits that they print (by mradermacher, legraphista, RichardErkhov and
-# the Qwen team). A size passes within its last digit's rounding or 0.5 %.
-PUBLISHED_GGUF = [
-    ("7B", "Q2_K", 3.02, 0.005),
-    ("7B", "Q3_K_S", 3.49, 0.005),
-    ("7B", "Q3_K_M", 3.81, 0.005),
-    ("7B", "Q3_K_L", 4.09, 0.005),
-    ("7B", "Q4_0", 4.43, 0.005),
-    ("7B", "Q4_K_S", 4.46, 0.005),
-    ("7B", "Q4_K_M", 4.68, 0.005),
-    ("7B", "IQ4_XS", 4.25, 0.005),
-    ("7B", "Q5_K_S", 5.32, 0.005),
-    ("7B", "Q5_K_M", 5.44, 0.005),
-    ("7B", "Q6_K", 6.25, 0.005),
-    ("7B", "Q8_0", 8.10, 0.005),
-    ("7B", "F16", 15.24, 0.005),
-    ("7B", "Q3_K_M", 3.55 * 1.073741824, 0.005 * 1.073741824),
-    ("1.5B", "Q4_K_M", 0.98605, 0.000005),
-    ("72B", "Q4_K_M", 47.42, 0.005),
-    ("72B", "Q8_0", 77.26, 0.005),
-]
-# AWQ 7B: shards of 4.48 and 1.09 GB; GPTQ-Int4 7B: 3.69 and 1.50 GiB; GPTQ-Int8 0.5B: 610.06 MiB.
-PUBLISHED_SAFETENSORS = [
-    ("7B", "AWQ", 4.48e9 + 1.09e9),
-    ("7B", "GPTQ-Int4", (3.69 + 1.50) * 2**30),
-    ("0.5B", "GPTQ-Int8", 610.06 * 2**20),
-]
 
 
-@pytest.mark.parametrize(("size", "scheme", "published", "rounding"), PUBLISHED_GGUF)
-def test_gguf_sizes_match_published_files(size: str, scheme: str, published: float, rounding: float) -> None:
-    computed = layout_from_scheme(QWEN2_5[size], scheme).file_bytes / 1e9
-    assert abs(computed - published) <= max(rounding, 0.005 * published)
+@pytest.mark.parametrize("size", files.gguf_sizes(), ids=lambda size: f"{size.model}-{size.scheme}")
+def test_gguf_sizes_match_published_files(size: files.FileSize) -> None:
+    """Within the last digit that a model card prints, or 0.5 %."""
+    assert size.ok, size
 
 
-@pytest.mark.parametrize(("size", "scheme", "published_bytes"), PUBLISHED_SAFETENSORS)
-def test_gptq_and_awq_sizes_match_published_files(size: str, scheme: str, published_bytes: float) -> None:
-    computed = layout_from_scheme(QWEN2_5[size], scheme).file_bytes
-    assert computed == pytest.approx(published_bytes, rel=0.003)
+@pytest.mark.parametrize("size", files.safetensors_sizes(), ids=lambda size: f"{size.model}-{size.scheme}")
+def test_gptq_and_awq_sizes_match_published_files(size: files.FileSize) -> None:
+    assert size.ok, size
+    assert abs(size.share) <= 0.003
 
 
 @pytest.mark.parametrize("size", QWEN2_5)

@@ -2,17 +2,18 @@
 
 A GGUF file with a true header and a hole where the data would be (a sparse file) is enough for
 ``llama-fit-params`` to build the model without allocating it and to print model, context and compute per
-device. Devices are RPC servers on loopback; the product never runs RPC. Used by tests/integration and by
-the benchmarks.
+device. Devices are RPC servers on loopback; the product never runs RPC. Used by tests/integration too.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ HOW_TO_BUILD = (
     "llama.cpp with `cmake -DGGML_RPC=ON` and the targets llama-fit-params and ggml-rpc-server, and name the "
     "directory in FLEETFIT_LLAMA_CPP_BIN."
 )
-RUN_TIMEOUT_S = 120
+RUN_TIMEOUT_S = 300
 
 
 class OracleMissingError(RuntimeError):
@@ -145,18 +146,32 @@ def _write_metadata(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
     writer.add_string("tokenizer.ggml.model", "no_vocab")
 
 
+def build_digest(directory: Path) -> str:
+    """Return the first 16 digits of the sha256 over the programs and libraries of a build."""
+    digest = hashlib.sha256()
+    libraries = directory.parent / "lib"
+    for folder in (directory, libraries):
+        for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+            if path.is_file() and (path.name in TOOLS or ".so" in path.name):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Oracle:
     """Runs ``llama-fit-params`` on sparse models and reads what it prints."""
 
     def __init__(self, directory: Path, bin_directory: Path | None = None) -> None:
         self.directory = directory
         self.bin = bin_directory or find_bin()
+        self._lock = threading.Lock()
 
     def model(self, name: str, shape: ModelShape, scheme: str) -> Path:
         """Return the sparse file of a shape in a scheme, written once."""
         path = self.directory / f"{name}.{scheme}.gguf"
-        if not path.exists():
-            write_sparse_gguf(path, shape, scheme)
+        with self._lock:
+            if not path.exists():
+                write_sparse_gguf(path, shape, scheme)
         return path
 
     def ask(
@@ -174,7 +189,7 @@ class Oracle:
         tensor_split: Sequence[float] | None = None,
     ) -> Accounting:
         """Return llama.cpp's accounting of one case; raises :class:`OracleFailedError`."""
-        argv = [str(self.bin / "llama-fit-params"), "-m", str(model), "-c", str(n_ctx), "-np", str(slots)]
+        argv = ["-c", str(n_ctx), "-np", str(slots)]
         argv += [
             "-b",
             str(max(2048, n_ubatch)),
@@ -190,10 +205,11 @@ class Oracle:
         argv += ["--no-repack", "--fit", "off", "--fit-print", "on", "-ngl", str(n_gpu_layers)]
         if n_cpu_moe:
             argv += ["--n-cpu-moe", str(n_cpu_moe)]
-        if rpc:
-            argv += ["--rpc", ",".join(f"127.0.0.1:{port}" for port in rpc)]
         if tensor_split is not None:
             argv += ["--tensor-split", ",".join(str(part) for part in tensor_split)]
+        argv = [str(self.bin / "llama-fit-params"), "-m", str(model), *argv]
+        if rpc:
+            argv += ["--rpc", ",".join(f"127.0.0.1:{port}" for port in rpc)]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False)
         devices: list[Buffers] = []
         host = None

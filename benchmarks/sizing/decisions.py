@@ -1,6 +1,4 @@
-"""Hold the planner's decisions against a brute force over llama.cpp's own accounting.
-
-    FLEETFIT_LLAMA_CPP_BIN=DIR python benchmarks/decisions.py [--cases N] [--out FILE]
+"""Hold the planner's decisions for llama.cpp against a brute force over llama.cpp's own accounting.
 
 A case is a model's shape, one or two cards, RAM, context, slots and KV type. The truth is what
 ``llama-fit-params`` prints for a file of that shape, plus the documented terms that it cannot know: CUDA's
@@ -15,11 +13,7 @@ of a model, the last one is filled first.
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,8 +23,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import gguf
 import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils.catalog_entry import entry_from_dict
@@ -38,8 +30,10 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.plan import plan_host
 from ansible_collections.fleetfit.llm.plugins.module_utils.policy import policy_from_variables
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import NothingFitsError
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import CATALOG_DIR
-from llama_oracle import Accounting, Oracle, rpc_devices
-from model_shapes import SHAPES
+
+from . import peers
+from .oracle import Accounting, Oracle, rpc_devices
+from .shapes import SHAPES
 
 MIB = 1 << 20
 # Best first; the policy's lowest tier is Q4_K_M.
@@ -360,7 +354,7 @@ def entry(model: str) -> Any:
                 for scheme in SCHEMES
             ],
         },
-        origin="benchmarks/decisions.py",
+        origin="benchmarks/sizing/decisions.py",
     )
 
 
@@ -447,6 +441,14 @@ def _choice(candidate: dict[str, Any], load: Load) -> Choice:
     )
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate is wholly on the one card of its case: the truth, and what each planner says."""
+
+    truth: bool
+    says: dict[str, bool]
+
+
 @dataclass
 class Findings:
     """What a run found; sentences for what is wrong."""
@@ -460,7 +462,24 @@ class Findings:
     beyond_bound: list[str] = field(default_factory=list)
     fewer_layers: list[str] = field(default_factory=list)
     partial: int = 0
-    questions: int = 0
+    # Of every candidate on a single card: whether llama.cpp holds it whole there, and who says so.
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def add(self, other: Findings) -> None:
+        """Take in what another part of the run found."""
+        self.cases += other.cases
+        self.candidates += other.candidates
+        self.kinds += other.kinds
+        self.partial += other.partial
+        for name in (
+            "false_fits",
+            "needless",
+            "needless_candidates",
+            "beyond_bound",
+            "fewer_layers",
+            "verdicts",
+        ):
+            getattr(self, name).extend(getattr(other, name))
 
     def problems(self) -> list[str]:
         """Return what breaks issue 3's figures."""
@@ -480,10 +499,12 @@ def judge(truth: Truth, case: Case, findings: Findings) -> None:
     if chosen is not None and not chosen.place.cards:
         kind = "cpu"
     findings.kinds[kind] += 1
+    wrong = set()
     for choice in choices:
         if choice.fits:
             slack = truth.slack(case, choice.scheme, choice.place)
             if slack < 0:
+                wrong.add(choice.scheme)
                 findings.false_fits.append(f"{case}: {choice.scheme} {choice.place} misses {-slack:.0f} MiB")
     best = None
     for choice in choices:
@@ -494,6 +515,8 @@ def judge(truth: Truth, case: Case, findings: Findings) -> None:
             if room is not None:
                 resident = True
                 _needless(findings, case, choice, room, "resident")
+        if len(case.cards) == 1:
+            findings.verdicts.append(_verdict(case, choice, resident and choice.scheme not in wrong))
         fits = resident or choice.fits
         if not fits:
             room = truth.anyhow(case, choice.scheme)
@@ -521,6 +544,14 @@ def _needless(findings: Findings, case: Case, choice: Choice, room: tuple[float,
     bounds = [case.cards[index].bound for index in place.cards] or [max(MISS_MIB, MISS_SHARE * case.ram)]
     if max(slack, choice.short_mib) > min(bounds):
         findings.beyond_bound.append(f"{text}; the planner says short by {choice.short_mib:.0f} MiB")
+
+
+def _verdict(case: Case, choice: Choice, resident: bool) -> Verdict:
+    load = case.load
+    asked = peers.Load(load.model, choice.scheme, load.context, load.slots, load.kv_type)
+    budget = case.cards[0].budget * MIB
+    says = {name: formula(asked) <= budget for name, formula in peers.PEERS.items()}
+    return Verdict(resident, {"fleetfit": choice.fits and choice.resident, **says})
 
 
 def tight(truth: Truth, load: Load, scheme: str, findings: Findings) -> None:
@@ -623,9 +654,8 @@ def parameters(model: str) -> int:
 
 
 @contextmanager
-def open_truth(directory: Path) -> Iterator[Truth]:
+def open_truth(oracle: Oracle) -> Iterator[Truth]:
     """Yield the truth with two devices on loopback."""
-    oracle = Oracle(directory)
     with rpc_devices(2, oracle.bin) as ports:
         yield Truth(oracle, ports)
 
@@ -638,62 +668,8 @@ def run(truth: Truth, cases: Sequence[Case], tight_loads: Sequence[Load] = ()) -
     for load in tight_loads:
         for scheme in ("Q8_0", "Q4_K_M"):
             tight(truth, load, scheme, findings)
-    findings.questions = len(truth.answers)
     return findings
 
 
 def tight_loads(cases: Sequence[Case]) -> list[Load]:
     return list(dict.fromkeys(case.load for case in cases))
-
-
-def table(findings: Findings, seconds: float) -> str:
-    kinds = ", ".join(f"{name} {count}" for name, count in sorted(findings.kinds.items()))
-    share = len(findings.needless) / max(findings.cases, 1)
-    lines = [
-        "# Decisions against a brute force over llama.cpp's own accounting",
-        "",
-        "| what | figure |",
-        "|---|---|",
-        f"| cases | {findings.cases} ({kinds}) |",
-        f"| candidates judged | {findings.candidates} |",
-        f"| questions to llama-fit-params | {findings.questions} |",
-        f"| false fits | {len(findings.false_fits)} |",
-        f"| needless refusals, decisions | {len(findings.needless)} ({share:.2%}) |",
-        f"| needless refusals, candidates | {len(findings.needless_candidates)} |",
-        f"| missing by more than max(256 MiB, 2 %) | {len(findings.beyond_bound)} |",
-        f"| partial plans with fewer layers on the card than possible | {len(findings.fewer_layers)} of "
-        f"{findings.partial} |",
-        f"| seconds | {seconds:.0f} |",
-        "",
-    ]
-    for title, texts in (
-        ("False fits", findings.false_fits),
-        ("Beyond the bound", findings.beyond_bound),
-        ("Needless decisions", findings.needless),
-        ("Needless candidates", findings.needless_candidates),
-        ("Fewer layers", findings.fewer_layers),
-    ):
-        if texts:
-            lines += [f"{title}:", "", *[f"- {text}" for text in texts], ""]
-    return "\n".join(lines)
-
-
-def main() -> int:
-    """Parse the command line, run and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", type=int, default=574)
-    parser.add_argument("--out", type=Path, help="also write the table here")
-    args = parser.parse_args()
-    started = time.monotonic()
-    cases = draw_cases(args.cases)
-    with tempfile.TemporaryDirectory() as directory, open_truth(Path(directory)) as truth:
-        findings = run(truth, cases, tight_loads(cases))
-    text = table(findings, time.monotonic() - started)
-    print(text)
-    if args.out:
-        args.out.write_text(text)
-    return 1 if findings.problems() else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""``python -m benchmarks.sizing``."""
+
+from .run import main
+
+raise SystemExit(main())
