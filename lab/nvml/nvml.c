@@ -734,6 +734,7 @@ EXPORT int nvmlDeviceGetMemoryInfo(Device *device, Memory *memory)
     return NVML_SUCCESS;
 }
 
+#ifndef NVML_MEMORY_V1_ONLY /* as before driver 510 */
 EXPORT int nvmlDeviceGetMemoryInfo_v2(Device *device, MemoryV2 *memory)
 {
     CHECK(device, memory);
@@ -747,6 +748,7 @@ EXPORT int nvmlDeviceGetMemoryInfo_v2(Device *device, MemoryV2 *memory)
     memory->free = memory->total - memory->reserved - memory->used;
     return NVML_SUCCESS;
 }
+#endif
 
 static int running_processes(Device *device, unsigned int *count, ProcessInfo *infos, int graphics)
 {

@@ -21,6 +21,10 @@ FOREIGN_STEP_BYTES = 256 * MIB
 # Memory that no process accounts for: the driver's own small allocations stay below this and belong to the
 # plan's margin; what exceeds it is somebody's whom the driver does not list (WSL: cognithor#318).
 UNLISTED_ALLOWANCE_BYTES = 256 * MIB
+# What a driver may keep for itself where it does not say: catalog/gpus.yml, unseen_reserved_* (512 MiB and 0.5 %,
+# above every card's log). The planner takes as much off the budget, or the card's own figure.
+UNTOLD_RESERVED_BYTES = 512 * MIB
+UNTOLD_RESERVED_PART = 200
 MAX_PROCESSES_PER_DEVICE = 8
 
 # Integrated devices that share the machine's RAM, by the name that the driver gives them (GB10, and Jetson's
@@ -328,7 +332,13 @@ def _add_device(
     if accelerator.memory_kind == "unified":
         free = meminfo_bytes(probe, "MemAvailable")
         used = sum(p["used_bytes"] or 0 for p in processes)
-    facts.foreign_bytes[uuid] = foreign_bytes(used, processes, engine_runs=ownership.engine_runs)
+    allowance = UNLISTED_ALLOWANCE_BYTES
+    if memory and memory["reserved_bytes"] is None:
+        # Version 1 of the driver's call counts what the driver reserves as used.
+        allowance = UNTOLD_RESERVED_BYTES + memory["total_bytes"] // UNTOLD_RESERVED_PART
+    facts.foreign_bytes[uuid] = foreign_bytes(
+        used, processes, engine_runs=ownership.engine_runs, allowance=allowance
+    )
     largest = sorted(processes, key=lambda p: (-(p["used_bytes"] or 0), p["pid"]))[:MAX_PROCESSES_PER_DEVICE]
     facts.live_devices[uuid] = {
         "free_bytes": free,
@@ -409,16 +419,22 @@ def health_problems(accelerator: Accelerator, device: dict[str, Any], xids: list
     return found
 
 
-def foreign_bytes(used: int, processes: list[dict[str, Any]], *, engine_runs: Any) -> int:
+def foreign_bytes(
+    used: int,
+    processes: list[dict[str, Any]],
+    *,
+    engine_runs: Any,
+    allowance: int = UNLISTED_ALLOWANCE_BYTES,
+) -> int:
     """Return the bytes held by others than our units, rounded up to a step of 256 MiB.
 
-    Counts the listed processes of others and, beyond an allowance for the driver itself, memory that no
+    Counts the listed processes of others and, beyond an ``allowance`` for the driver itself, memory that no
     listed process accounts for. Where our process's use is not told, or our engine runs (``engine_runs()``,
     asked only then) and the driver lists no process at all, that memory may be our own and is not counted.
     """
     others = sum(p["used_bytes"] or 0 for p in processes if p["owner"] != "fleetfit")
     listed = sum(p["used_bytes"] or 0 for p in processes)
-    unlisted = max(0, used - listed - UNLISTED_ALLOWANCE_BYTES)
+    unlisted = max(0, used - listed - allowance)
     if unlisted:
         ours_untold = any(p["used_bytes"] is None and p["owner"] == "fleetfit" for p in processes)
         if ours_untold or (not processes and engine_runs()):

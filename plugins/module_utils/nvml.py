@@ -245,14 +245,15 @@ class Reader:
         device["processes"] = self._processes(handle)
         return device
 
-    def _memory(self, handle: Any) -> dict[str, int]:
-        """Return version 2's numbers, which tell reserved memory apart; version 1's on an old driver."""
+    def _memory(self, handle: Any) -> dict[str, Optional[int]]:
+        """Return version 2's numbers, which tell reserved memory apart; else version 1's, whose ``used`` has the
+        reserved memory in it (seen on an H100, 580.159.04)."""
+        reserved: Optional[int] = None
         try:
             info = self.nvml.nvmlDeviceGetMemoryInfo(handle, self.nvml.nvmlMemory_v2)
             reserved = int(info.reserved)
-        except self.nvml.NVMLError_FunctionNotFound:
+        except self.nvml.NVMLError:
             info = self.nvml.nvmlDeviceGetMemoryInfo(handle)
-            reserved = 0
         return {
             "total_bytes": int(info.total),
             "reserved_bytes": reserved,

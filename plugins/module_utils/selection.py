@@ -23,7 +23,7 @@ from typing import Any, Optional
 from . import memory_llama_cpp as llama
 from . import memory_vllm as vllm
 from .calibration import calibrated, find_record
-from .catalog_entry import CatalogEntry, Variant
+from .catalog_entry import QUALITY_TIERS, CatalogEntry, Variant
 from .engine_args import llama_server_args, vllm_args
 from .errors import FleetfitError
 from .host_view import HostView, compute_capability_number, leading_number
@@ -284,31 +284,59 @@ def nothing_fits(request: Request, candidates: tuple[Candidate, ...]) -> Nothing
             by_reason.setdefault(item.rejected.reason, []).append(f"{item.engine} {item.variant.name}")
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
     changes = least_changes(request, candidates)
+    if changes:
+        remedy = "Any one of these would do: " + "; ".join(changes) + "."
+    elif "licence_not_accepted" in codes | {code}:
+        remedy = _beside_the_licence(request)
+    else:
+        remedy = "No smaller context, lower tier or smaller sibling would do: the host needs more memory."
     return NothingFitsError(
         f"No variant of {entry.id} meets the policy on this host ({policy.min_context_tokens} tokens x "
         f"{policy.slots} slots). {reasons}.",
         code=code,
-        remedy=(
-            "Any one of these would do: " + "; ".join(changes) + "."
-            if changes
-            else "No smaller context, lower tier or smaller sibling would do: the host needs more memory."
-        ),
+        remedy=remedy,
         candidates=candidates,
     )
 
 
+def _beside_the_licence(request: Request) -> str:
+    """Return what is needed where the licence must be accepted and that alone does not help."""
+    accepted = _with_licence(request)
+    changes = least_changes(accepted, evaluate(accepted))
+    if not changes:
+        return "Even with its licence accepted nothing of it fits: the host needs more memory."
+    return f"{_licence_change(request)}, and any one of these: " + "; ".join(changes) + "."
+
+
+def _with_licence(request: Request) -> Request:
+    licences = tuple(sorted({*request.policy.accepted_licences, request.entry.licence}))
+    return replace(request, policy=replace(request.policy, accepted_licences=licences))
+
+
+def _licence_change(request: Request) -> str:
+    return (
+        f"accept the licence {request.entry.licence} (fleetfit_accepted_licences), after reading it at "
+        f"{request.entry.licence_url}"
+    )
+
+
 def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str]:
-    """Return the smallest single changes of the policy under which something would fit, the mildest first."""
+    """Return the smallest single changes of the policy under which something would fit, the mildest first.
+
+    Each was tried: with it alone, the variant that it names fits.
+    """
     policy = request.policy
     changes = []
     if any(item.rejected and item.rejected.code == "licence_not_accepted" for item in candidates):
-        changes.append(
-            f"accept the licence {request.entry.licence} (fleetfit_accepted_licences), after reading it at "
-            f"{request.entry.licence_url}"
+        changes += _as_change(request, _with_licence(request).policy, _licence_change(request))
+    slow = [item for item in candidates if item.rejected and item.rejected.code == "too_slow"]
+    if slow:
+        fastest = int(max(item.expected_tokens_per_s or 0.0 for item in slow))
+        changes += _as_change(
+            request,
+            replace(policy, min_tokens_per_s=float(fastest)),
+            f"fleetfit_min_tokens_per_s={fastest}",
         )
-    if any(item.rejected and item.rejected.code == "too_slow" for item in candidates):
-        fastest = max(item.expected_tokens_per_s or 0.0 for item in candidates)
-        changes.append(f"fleetfit_min_tokens_per_s={int(fastest)}")
     if policy.engine != "auto":
         changes += _as_change(request, replace(policy, engine="auto"), "fleetfit_engine=auto")
     if policy.slots > 1:
@@ -335,10 +363,13 @@ def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str
         changes += _as_change(request, replace(policy, kv_type="f16"), "fleetfit_kv_type=f16")
     else:
         changes += _as_change(request, replace(policy, kv_type="q8_0"), "fleetfit_kv_type=q8_0")
-    if policy.min_quality_tier != "rest":
-        changes += _as_change(
-            request, replace(policy, min_quality_tier="rest"), "fleetfit_min_quality_tier=rest"
+    for tier in QUALITY_TIERS[policy.min_tier_rank + 1 :]:
+        change = _as_change(
+            request, replace(policy, min_quality_tier=tier), f"fleetfit_min_quality_tier={tier}"
         )
+        if change:
+            changes += change
+            break
     for sibling in request.siblings:
         if sibling.parameters >= request.entry.parameters:
             continue

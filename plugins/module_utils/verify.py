@@ -19,6 +19,7 @@ from .memory_account import run_terms
 from .ownership import ENGINES
 from .proof import proof_text
 from .release import current_digest, read_settings
+from .speed import is_impossible
 from .switch import read_good
 from .units import format_size
 
@@ -160,6 +161,51 @@ def check_memory(service: str, rows: Sequence[Mapping[str, Any]]) -> Check:
     return failed(service, name, "more_memory", "; ".join(texts))
 
 
+# --- speed ---
+
+
+def speed_is_impossible(deployment: Mapping[str, Any], measured_tokens_per_s: Optional[float]) -> bool:
+    """Return whether a measured speed is above what the planned devices' memory can deliver.
+
+    Never where the engine runs on other hardware than the plan's (simulated GPUs), nor where the bandwidth of a
+    part is assumed: then it is the assumption that is wrong.
+    """
+    if not measured_tokens_per_s or deployment.get("cpu_mapping") or _assumed_bandwidth(deployment):
+        return False
+    return is_impossible(measured_tokens_per_s, deployment.get("roofline_tokens_per_s"))
+
+
+def check_speed(
+    service: str, deployment: Mapping[str, Any], measured_tokens_per_s: Optional[float]
+) -> Optional[Check]:
+    """Return what the measured speed is beside the plan's; it never fails a host. None where either is not known.
+
+    Above the roofline it is flagged: the measurement is wrong, or the card's bandwidth in the catalog is.
+    """
+    name = "speed beside the plan"
+    expected, roofline = deployment.get("expected_tokens_per_s"), deployment.get("roofline_tokens_per_s")
+    if not measured_tokens_per_s or not expected or not roofline or deployment.get("cpu_mapping"):
+        return None
+    text = (
+        f"{measured_tokens_per_s:.1f} tokens/s measured, {expected:.1f} expected, {roofline:.1f} at most by memory"
+        " bandwidth"
+    )
+    if speed_is_impossible(deployment, measured_tokens_per_s):
+        text += (
+            ": IMPOSSIBLE, so the measurement is wrong, or the bandwidth that the catalog has for the card"
+            " (catalog/gpus.yml)"
+        )
+    elif is_impossible(measured_tokens_per_s, roofline):
+        text += f": more than the bandwidth of RAM that was {_assumed_bandwidth(deployment)}"
+    return Check(service, name, True, text)
+
+
+def _assumed_bandwidth(deployment: Mapping[str, Any]) -> Optional[str]:
+    """Return the source of the RAM's bandwidth where the plan counts on RAM and it was not measured."""
+    source = (deployment.get("sources") or {}).get("ram_bandwidth")
+    return source if isinstance(source, str) and source.startswith("assumed") else None
+
+
 # --- what the engine says of itself ---
 
 
@@ -296,6 +342,7 @@ def _report(
         "tokens_per_s": engine.get("tokens_per_s"),
         "expected_tokens_per_s": deployment.get("expected_tokens_per_s"),
         "roofline_tokens_per_s": deployment.get("roofline_tokens_per_s"),
+        "speed_is_impossible": speed_is_impossible(deployment, engine.get("tokens_per_s")),
         "memory": engine.get("memory", []),
         "proof": engine.get("proof"),
         "services": dict(services),
@@ -351,6 +398,9 @@ def _verify_service(
         report["proof"] = _recorded_proof(paths, service, digest)
         # A release that was good before there were proofs is not bad: it is said, and proven at its next start.
         checks.append(Check(service, "memory holds a long prompt", True, proof_text(report["proof"])))
+        speed_check = check_speed(service, deployment, result["tokens_per_s"])
+        if speed_check is not None:
+            checks.append(speed_check)
         report["memory"] = compare_memory(deployment, result["measured"])
         checks.append(check_memory(service, report["memory"]))
     return report

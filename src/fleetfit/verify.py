@@ -161,6 +161,8 @@ def speed_text(report: Mapping[str, Any]) -> str:
     text = f"{measured:.0f}" if measured else "-"
     if expected:
         text += f" (planned card: {expected:.0f})" if report.get("simulated_gpus") else f" of {expected:.0f}"
+    if report.get("speed_is_impossible"):
+        text += f" (impossible: at most {report['roofline_tokens_per_s']:.0f})"
     return text
 
 

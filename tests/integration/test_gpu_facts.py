@@ -16,7 +16,12 @@ import jsonschema
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils import gpu_facts
 from ansible_collections.fleetfit.llm.plugins.module_utils.host_facts import facts_digest, host_facts
-from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import BLOCKING_PROBLEMS
+from ansible_collections.fleetfit.llm.plugins.module_utils.host_view import (
+    BLOCKING_PROBLEMS,
+    view_of_facts,
+)
+from ansible_collections.fleetfit.llm.plugins.module_utils.policy import policy_from_variables
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LAB = CHECKOUT / "lab/nvml"
@@ -238,6 +243,26 @@ def test_memory_of_nobody_listed_is_foreign(host: SimulatedHost) -> None:
     host.use("foreign-hidden")
     # 1700 MiB less the driver's own 256, in steps of 256.
     assert host.gather().foreign_bytes == {CARD: 1536 * MIB}
+
+
+@pytest.mark.parametrize(("profile", "foreign_mib"), [("rtx-4090", 0), ("foreign-hidden", 1792)])
+def test_a_driver_that_does_not_tell_what_it_reserves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, foreign_mib: int
+) -> None:
+    """Version 1 of the call counts the reserved memory as used: it is no other program's, and nor is it usable."""
+    subprocess.run([str(LAB / "build"), str(tmp_path), "-DNVML_MEMORY_V1_ONLY"], check=True)
+    old = SimulatedHost(tmp_path / "libnvidia-ml.so.1", tmp_path / "root", monkeypatch)
+    old.use(profile)
+    facts = old.facts()
+    (card,) = facts["stable"]["accelerators"]
+    assert card["memory_total_bytes"] == 24564 * MIB
+    assert card["memory_reserved_bytes"] is None
+    # 1700 hidden and 484 reserved less 512 and 0.5 % that may be the driver's: 1549, in steps of 256.
+    assert facts["foreign_bytes"] == {card["uuid"]: foreign_mib * MIB}
+    policy = policy_from_variables({"fleetfit_model": "any"})
+    (device,) = view_of_facts(facts, policy, load_catalog().gpus).devices
+    assert device.reserved_bytes == 484 * MIB  # the catalog's
+    assert device.budget == (24564 - 484 - foreign_mib) * MIB
 
 
 def test_planning_sees_the_same_beside_the_running_engine(host: SimulatedHost) -> None:

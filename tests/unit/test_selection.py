@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
+from ansible_collections.fleetfit.llm.plugins.module_utils.plan import make_plan
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import (
     REJECTION_CODES,
     Candidate,
@@ -236,6 +237,78 @@ def test_the_longest_context_fits_and_the_next_step_does_not() -> None:
     assert not beyond.resident
 
 
+def test_fp8_is_ranked_by_whether_the_card_computes_in_it() -> None:
+    """From 8.9 on natively, on 7.5 to 8.6 the weights alone: slower, by a factor of its own with its source."""
+    entry = entry_with("FP8", "GPTQ-Int8", "BF16")
+    expected, sources = {}, {}
+    for name in ("RTX 3090", "T4", "RTX 4090", "H100 SXM"):
+        host = facts(cards(name))
+        asked = request(entry, host, engines=BOTH, engine="vllm", slots=1, min_context_tokens=2048)
+        found = {item.variant.name: item for item in evaluate(asked)}
+        speeds = {name: item.expected_tokens_per_s for name, item in found.items()}
+        assert speeds["FP8"] is not None
+        assert speeds["BF16"] is not None
+        expected[name] = speeds["FP8"] / (found["FP8"].roofline_tokens_per_s or 1)
+        plan = make_plan(asked, host, catalog_digest="")
+        sources[name] = plan["deployments"][0]["sources"]["expected_tokens_per_s"]
+        assert plan["deployments"][0]["variant"] == "FP8"
+        # Its bytes are about half: faster than 16 bits on every card, and ranked so within the tier.
+        assert speeds["FP8"] > speeds["BF16"]
+    assert expected == {
+        "RTX 3090": pytest.approx(0.47, abs=0.001),
+        "T4": pytest.approx(0.47, abs=0.001),
+        "RTX 4090": pytest.approx(0.50, abs=0.001),
+        "H100 SXM": pytest.approx(0.50, abs=0.001),
+    }
+    assert "weight-only" in sources["RTX 3090"]
+    assert "native" in sources["RTX 4090"]
+
+
+def entry_with(*schemes: str) -> Any:
+    """Return an entry of Qwen2.5-1.5B's shape with these safetensors variants."""
+    base = CATALOG.entry("qwen2.5-1.5b-instruct")
+    kept = base.variants[0]
+    return replace(
+        base,
+        variants=tuple(
+            replace(
+                kept,
+                name=scheme,
+                format="safetensors",
+                engines=("vllm",),
+                scheme=scheme,
+                quality_tier="Q8_0",
+                shape_overrides=(),
+            )
+            for scheme in schemes
+        ),
+    )
+
+
+def test_four_like_cards_may_be_two_stages_of_two() -> None:
+    """Two KV heads do not divide by four: two stages of two tensor ranks are faster than four stages."""
+    small = [
+        accelerator("RTX 4090", index=index, memory_total_bytes=4096 * MIB, memory_reserved_bytes=0)
+        for index in range(4)
+    ]
+    asked = request(
+        "qwen2.5-3b-instruct",
+        facts(small, ram_gib=64),
+        engines=BOTH,
+        engine="vllm",
+        slots=1,
+        min_context_tokens=2048,
+        accepted_licences=["qwen-research"],
+    )
+    found = by_name(evaluate(asked), "BF16")
+    assert found.fits
+    assert (found.settings["tensor_parallel"], found.settings["pipeline_parallel"]) == (2, 2)
+    three = by_name(
+        evaluate(replace(asked, view=replace(asked.view, devices=asked.view.devices[:3]))), "BF16"
+    )
+    assert not three.fits
+
+
 def test_mig_instances_are_never_combined() -> None:
     parent = accelerator("A100 80GB", mig_enabled=True)
     instances = [
@@ -308,6 +381,41 @@ def test_a_shorter_context_is_offered_and_fits() -> None:
     tokens = int(offers[0].partition("=")[2])
     best, _ = select(request("qwen2.5-7b-instruct", host, min_context_tokens=tokens, slots=1))
     assert best.fits
+
+
+def remedy_of(model: str, host: dict[str, Any], **variables: Any) -> str:
+    with pytest.raises(NothingFitsError) as caught:
+        select(request(model, host, **variables))
+    return str(caught.value.remedy)
+
+
+def test_the_next_lower_tier_that_helps_is_offered_and_not_the_lowest() -> None:
+    host = facts(cards("RTX 3060 12GB"), ram_gib=3)
+    asked = {"min_context_tokens": 65536, "slots": 1}
+    remedy = remedy_of("qwen2.5-7b-instruct", host, min_quality_tier="Q8_0", **asked)
+    assert "fleetfit_min_quality_tier=Q6_K (Q6_K would fit)" in remedy
+    best, _ = select(request("qwen2.5-7b-instruct", host, min_quality_tier="Q6_K", **asked))
+    assert best.variant.name == "Q6_K"
+
+
+def test_a_speed_is_offered_that_something_reaches_which_fits() -> None:
+    """What does not fit may be faster: its speed is no offer."""
+    host = facts(cards("RTX 3060 12GB"), ram_gib=3)
+    asked = {"min_context_tokens": 65536, "slots": 1, "min_tokens_per_s": 500}
+    remedy = remedy_of("qwen2.5-7b-instruct", host, **asked)
+    offered = int(remedy.partition("fleetfit_min_tokens_per_s=")[2].split()[0])
+    best, _ = select(request("qwen2.5-7b-instruct", host, **{**asked, "min_tokens_per_s": offered}))
+    assert offered <= (best.expected_tokens_per_s or 0) < offered + 1
+
+
+def test_a_licence_that_would_not_help_alone_is_not_called_enough() -> None:
+    host = facts(cards("RTX 3060 8GB"), ram_gib=3)
+    remedy = remedy_of("qwen2.5-72b-instruct", host)
+    assert not remedy.startswith("Any one of these would do: accept")
+    smaller = remedy_of("qwen2.5-3b-instruct", host, min_context_tokens=32768, slots=8)
+    assert smaller.startswith(("accept the licence qwen-research", "Any one of these"))
+    if smaller.startswith("accept"):
+        assert "and any one of these: " in smaller
 
 
 def test_unpinned_models_are_refused_with_the_command_that_pins_them() -> None:

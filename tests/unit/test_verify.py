@@ -15,16 +15,26 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.verify import (
     check_identity,
     check_listeners,
     check_memory,
+    check_speed,
     compare_memory,
     engine_identity,
     failed,
     listening_addresses,
     sentence,
+    speed_is_impossible,
     verify_host,
 )
 from click.testing import CliRunner
 
-from fleetfit.verify import EXIT_FAILED, EXIT_NOT_CHECKED, EXIT_OK, Outcome, memory_text, verify
+from fleetfit.verify import (
+    EXIT_FAILED,
+    EXIT_NOT_CHECKED,
+    EXIT_OK,
+    Outcome,
+    memory_text,
+    speed_text,
+    verify,
+)
 
 MIB = 1024 * 1024
 GPU_DEPLOYMENT: dict[str, Any] = {
@@ -236,3 +246,49 @@ def test_vllm_on_the_cpu_is_compared_with_the_hosts_memory() -> None:
     (row,) = compare_memory(deployment, measured)
     assert (row["device"], row["measured"]["weights"], row["ok"]) == ("host", 256 * MIB, True)
     assert row["measured"]["kv_cache"] == 512 * MIB
+
+
+# An RTX 3060 and Qwen2.5-Coder-7B in Q4_K_M: 360 GB/s allow 82 tokens/s, and somebody claims 119.
+ROOFLINE = {"expected_tokens_per_s": 65.0, "roofline_tokens_per_s": 82.4}
+
+
+def test_a_speed_above_the_roofline_is_called_impossible_and_fails_no_host() -> None:
+    deployment = {**GPU_DEPLOYMENT, **ROOFLINE}
+    check = check_speed("llama-server", deployment, 119.0)
+    assert check is not None
+    assert check.ok
+    assert "IMPOSSIBLE" in check.message
+    assert "119.0 tokens/s measured, 65.0 expected, 82.4 at most" in check.message
+    assert speed_is_impossible(deployment, 119.0)
+    report = {"tokens_per_s": 119.0, **ROOFLINE, "speed_is_impossible": True}
+    assert speed_text(report) == "119 of 65 (impossible: at most 82)"
+
+
+@pytest.mark.parametrize("measured", [12.0, 65.0, 82.4, 86.0])
+def test_a_speed_within_the_roofline_is_compared_alone(measured: float) -> None:
+    deployment = {**GPU_DEPLOYMENT, **ROOFLINE}
+    check = check_speed("llama-server", deployment, measured)
+    assert check is not None
+    assert check.ok
+    assert "IMPOSSIBLE" not in check.message
+    assert not speed_is_impossible(deployment, measured)
+
+
+def test_an_assumed_bandwidth_makes_nothing_impossible() -> None:
+    """The RAM of a host that nobody measured is two channels in the plan; a server has eight."""
+    deployment = {
+        **GPU_DEPLOYMENT,
+        **ROOFLINE,
+        "sources": {"ram_bandwidth": "assumed: two channels of DDR4-3200"},
+    }
+    assert not speed_is_impossible(deployment, 119.0)
+    check = check_speed("llama-server", deployment, 119.0)
+    assert check is not None
+    assert "assumed: two channels" in check.message
+
+
+def test_a_simulated_card_has_no_speed_to_compare() -> None:
+    deployment = {**GPU_DEPLOYMENT, **ROOFLINE, "cpu_mapping": {"settings": {}}}
+    assert check_speed("llama-server", deployment, 119.0) is None
+    assert not speed_is_impossible(deployment, 119.0)
+    assert check_speed("llama-server", GPU_DEPLOYMENT, 119.0) is None
