@@ -139,8 +139,6 @@ def _write_metadata(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
         writer.add_expert_used_count(shape.experts_used)
         if shape.architecture != "llama":
             writer.add_expert_feed_forward_length(shape.expert_intermediate_size)
-        else:
-            writer.add_feed_forward_length(shape.expert_intermediate_size)
         if shape.shared_expert_intermediate_size:
             writer.add_expert_shared_feed_forward_length(shape.shared_expert_intermediate_size)
     writer.add_string("tokenizer.ggml.model", "no_vocab")

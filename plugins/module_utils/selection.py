@@ -370,6 +370,14 @@ def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str
         if change:
             changes += change
             break
+    changes += _smaller_siblings(request)
+    return changes
+
+
+def _smaller_siblings(request: Request) -> list[str]:
+    """Return the largest smaller sibling that fits, and where that has layers in RAM the largest that has none."""
+    policy = request.policy
+    found: list[str] = []
     for sibling in request.siblings:
         if sibling.parameters >= request.entry.parameters:
             continue
@@ -384,17 +392,29 @@ def least_changes(request: Request, candidates: Sequence[Candidate]) -> list[str
             require_pinned=False,
         )
         best = choose(evaluate(smaller), policy.prefer)
-        if best is not None:
-            changes.append(f"the smaller model {sibling.id} ({best.variant.name} would fit)")
+        if best is None or (found and not best.resident):
+            continue
+        found.append(f"the smaller model {sibling.id} ({_would_fit(best, request)})")
+        if best.resident or not request.view.devices:
             break
-    return changes
+    return found
 
 
 def _as_change(request: Request, policy: Policy, text: str) -> list[str]:
     """Return the change's text with the variant it leads to, or nothing where it does not help."""
     changed = replace(request, policy=policy, siblings=(), require_pinned=False)
     best = choose(evaluate(changed), policy.prefer)
-    return [] if best is None else [f"{text} ({best.variant.name} would fit)"]
+    return [] if best is None else [f"{text} ({_would_fit(best, request)})"]
+
+
+def _would_fit(best: Candidate, request: Request) -> str:
+    """Return what a change leads to; a model that is partly in RAM, or all of it, is said to be."""
+    text = f"{best.variant.name} would fit"
+    if best.resident or not request.view.devices:
+        return text
+    text += ", with layers in RAM" if best.devices else ", on the CPU alone"
+    speed = best.expected_tokens_per_s
+    return text if speed is None else f"{text}: about {speed:.{0 if speed >= 10 else 1}f} tokens/s"
 
 
 def _key(item: Candidate, prefer: str) -> tuple[float, ...]:

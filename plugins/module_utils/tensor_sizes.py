@@ -452,6 +452,52 @@ def layout_from_gguf(source: Union[str, Path, GgufHeader]) -> TensorLayout:
     )
 
 
+def check_header(shape: ModelShape, header: GgufHeader) -> None:
+    """Raise :class:`FleetfitError` (``bad_gguf``) where a file's tensors are not those of the shape it declares.
+
+    llama.cpp refuses such a file when it loads it (create_tensor); planning it would give numbers of no model.
+    """
+    origin = header.paths[0]
+    blocks = {_block_number(_GGUF_BLOCK, name) for name in header.tensor_names} - {-1}
+    if len(blocks) != shape.layers:
+        raise _contradiction(origin, f"it declares {shape.layers} blocks and holds {len(blocks)}", "bad_gguf")
+    wanted = {
+        tensor.name: tensor.cols * tensor.rows
+        for tensor in model_tensors(shape)
+        # Their length depends on how much of a head is rotated.
+        if not tensor.name.startswith("rope_")
+    }
+    for tensor in header.tensors:
+        elements = 1
+        for dimension in tensor.dimensions:
+            elements *= dimension
+        if wanted.get(tensor.name, elements) != elements:
+            raise _contradiction(
+                origin,
+                f"{tensor.name} has {elements} elements where its own header says {wanted[tensor.name]}",
+                "bad_gguf",
+            )
+
+
+def check_layers(shape: ModelShape, layout: TensorLayout, origin: str) -> None:
+    """Raise :class:`FleetfitError` (``bad_safetensors``) where a directory's tensors are not all of the shape's
+    layers."""
+    if len(layout.blocks) != shape.layers:
+        raise _contradiction(
+            origin,
+            f"its config.json has {shape.layers} layers and its tensors {len(layout.blocks)}",
+            "bad_safetensors",
+        )
+
+
+def _contradiction(origin: str, what: str, code: str) -> FleetfitError:
+    return FleetfitError(
+        f"{origin} contradicts itself: {what}.",
+        code=code,
+        remedy="Fetch the whole model again from a source that you trust.",
+    )
+
+
 def layout_from_safetensors(directory: Union[str, Path], scheme: str) -> TensorLayout:
     """Return where the bytes of a model's directory are, from its safetensors headers.
 

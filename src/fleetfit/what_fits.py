@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.speed import (
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
     GGUF_SCHEMES,
     TensorLayout,
+    check_header,
+    check_layers,
     layout_from_gguf,
     layout_from_safetensors,
     scheme_of_config,
@@ -84,6 +87,8 @@ MAX_TOTAL_MIB = 1 << 24
 # Quantized from a 16-bit release with llama-quantize: what a directory or hub id is worth in llama.cpp.
 LADDER = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 BAR_WIDTH = 12
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_CAPABILITY = re.compile(r"[0-9]{1,3}\.[0-9]{1,2}")
 _COLOURS = {
     "weights": "blue",
     "kv_cache": "cyan",
@@ -256,6 +261,7 @@ def _gguf_subject(path: Path) -> Subject:
     header = read_gguf(path)
     layout = layout_from_gguf(header)
     shape = from_gguf(header.metadata, header.tensor_names, origin=str(path))
+    check_header(shape, header)
     variant = Variant(
         name=layout.scheme,
         format="gguf",
@@ -284,7 +290,9 @@ def _directory_subject(path: Path) -> Subject:
     subject = _config_subject(config, path.resolve().name, str(config_path))
     if any(path.glob("*.safetensors")):
         scheme = subject.entry.variants[0].scheme
-        subject.layouts[subject.entry.variants[0].name] = layout_from_safetensors(path, scheme)
+        layout = layout_from_safetensors(path, scheme)
+        check_layers(subject.entry.shape, layout, str(path))
+        subject.layouts[subject.entry.variants[0].name] = layout
     return subject
 
 
@@ -356,8 +364,8 @@ def view_of_specs(
 
     Raises :class:`FleetfitError`: ``unknown_gpu``, ``bad_gpu_spec``, ``bad_ram``.
     """
+    assumed_ram = ram_gib is None
     if ram_gib is None:
-        notes.append(f"{ASSUMED_RAM_GIB:g} GiB of RAM assumed (--ram)")
         ram_gib = ASSUMED_RAM_GIB
     if not 0 < ram_gib <= 1 << 20:
         raise FleetfitError(
@@ -382,6 +390,13 @@ def view_of_specs(
             # Such a device has no memory of its own: the host's RAM is the device's.
             ram_bytes = max(ram_bytes, device.total_bytes)
         devices.append(device)
+    unified = [device for device in devices if device.memory_kind == "unified"]
+    if unified:
+        notes.append(
+            f"{unified[0].name} has no memory of its own: {format_gib(ram_bytes)} are the host's RAM and its own"
+        )
+    elif assumed_ram:
+        notes.insert(0, f"{ASSUMED_RAM_GIB:g} GiB of RAM assumed (--ram)")
     return HostView(
         devices=tuple(devices),
         host=HostBudget(ram_total_bytes=ram_bytes),
@@ -405,6 +420,8 @@ def device_of_spec(
     spec: str, index: int, cards: Sequence[Card], catalog: Catalog, notes: list[str]
 ) -> DeviceBudget:
     """Return the device of one SPEC; its id is gpu0, gpu1 …"""
+    if not spec.isprintable():
+        raise _bad_spec(spec, "it has characters that cannot be printed")
     name, *numbers = [part.strip() for part in spec.split(":")]
     by_name = {folded.casefold(): card for card in cards for folded in (card.name, *card.nvml_names)}
     card = by_name.get(name.casefold())
@@ -429,7 +446,7 @@ def device_of_spec(
     capability = card.compute_capability if card else None
     if len(numbers) > 2:
         capability = numbers[2]
-        if not capability.replace(".", "", 1).isdigit() or "." not in capability:
+        if not _CAPABILITY.fullmatch(capability):
             raise _bad_spec(spec, f"COMPUTE_CAPABILITY is {capability!r}, not like 8.9")
     if capability is None:
         capability = ASSUMED_COMPUTE_CAPABILITY
@@ -467,10 +484,9 @@ def device_of_spec(
 
 
 def _mib(spec: str, what: str, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise _bad_spec(spec, f"{what} is {text!r}, not a whole number of MiB") from None
+    if not _WHOLE.fullmatch(text):
+        raise _bad_spec(spec, f"{what} is {text!r}, not a whole number of MiB")
+    value = int(text)
     if not 0 <= value <= MAX_TOTAL_MIB:
         raise _bad_spec(spec, f"{what} is {value}, not from 0 to {MAX_TOTAL_MIB}")
     return value

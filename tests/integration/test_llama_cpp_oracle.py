@@ -19,6 +19,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.gguf_reader import re
 from ansible_collections.fleetfit.llm.plugins.module_utils.memory_llama_cpp import all_layers
 from ansible_collections.fleetfit.llm.plugins.module_utils.model_shape import from_gguf
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
+    check_header,
     layout_from_gguf,
     layout_from_scheme,
 )
@@ -115,6 +116,7 @@ def test_header_and_shape_give_the_same_layout(oracle: llama_oracle.Oracle, name
     assert from_file.tensor_bytes == from_rules.tensor_bytes
     header = read_gguf(path)
     assert from_gguf(header.metadata, header.tensor_names) == SHAPES[name]
+    check_header(SHAPES[name], header)
 
 
 def test_the_abort_that_check_graph_names(oracle: llama_oracle.Oracle) -> None:

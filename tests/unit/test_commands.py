@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +187,24 @@ def test_a_card_without_room_leaves_the_cpu(run: Callable[..., Result]) -> None:
     assert [line for line in result.stdout.splitlines() if line[:1] == "*" and "on the CPU alone" in line]
 
 
+def test_memory_that_is_shared_is_said_to_be(run: Callable[..., Result]) -> None:
+    result = run("what-fits", MODEL, "--gpu", "GB10")
+    assert result.exit_code == 0
+    assert "GB10 has no memory of its own" in result.stderr
+    assert "assumed (--ram)" not in result.stderr
+
+
+def test_a_smaller_model_that_fits_only_with_layers_in_ram_is_not_the_only_offer(
+    run: Callable[..., Result],
+) -> None:
+    result = run("what-fits", "qwen2.5-72b-instruct", "--gpu", "T4", "--ram", "16")
+    assert result.exit_code == 1
+    assert re.search(
+        r"qwen2\.5-32b-instruct \(\S+ would fit, with layers in RAM: about 0?\S+ tokens/s\)", result.stderr
+    )
+    assert re.search(r"the smaller model qwen2\.5-(14|7)b-instruct \(\S+ would fit\)", result.stderr)
+
+
 def test_nothing_fits_is_exit_code_1_and_says_what_would(run: Callable[..., Result]) -> None:
     arguments = ("what-fits", "qwen2.5-72b-instruct", "--gpu", CARD, "--ram", "8")
     result = run(*arguments)
@@ -215,6 +236,11 @@ def test_nothing_fits_is_exit_code_1_and_says_what_would(run: Callable[..., Resu
         ((MODEL, "--gpu", "card:8000:9000"), ["FREE_MIB 9000 is more than"]),
         ((MODEL, "--gpu", "card:8000:-1"), ["FREE_MIB is -1"]),
         ((MODEL, "--gpu", "card:8000:7000:new"), ["COMPUTE_CAPABILITY is 'new'"]),
+        ((MODEL, "--gpu", "card:1_0_0"), ["'1_0_0', not a whole number"]),
+        ((MODEL, "--gpu", "card:²"), ["not a whole number"]),
+        ((MODEL, "--gpu", "card:8000:7000:.5"), ["COMPUTE_CAPABILITY is '.5'"]),
+        ((MODEL, "--gpu", "card:8000:7000:٨.٩"), ["not like 8.9"]),
+        ((MODEL, "--gpu", "card\x1b[31m\n:8000"), ["cannot be printed"]),
         ((MODEL, "--gpu", "card:1:1:8.9:x"), ["too many parts"]),
         ((MODEL, "--gpu", ":8000"), ["no name"]),
         ((MODEL, "--gpu", ""), ["A SPEC is"]),
@@ -335,6 +361,46 @@ def test_damaged_gguf_files(run: Callable[..., Result], model_file: Path, tmp_pa
     refused(run("what-fits", str(tmp_path / "folder.gguf"), "--gpu", "cpu"), "folder.gguf")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("llama.block_count", 2, "declares 2 blocks and holds 1"),
+        ("llama.block_count", 4096, "declares 4096 blocks"),
+        ("llama.vocab_size", 65, "token_embd.weight"),
+        ("llama.vocab_size", 1 << 31, "token_embd.weight"),
+        ("llama.feed_forward_length", 65, "ffn_"),
+        ("llama.attention.head_count_kv", 1, "attn_k"),
+        ("llama.embedding_length", 64, "token_embd.weight"),
+    ],
+)
+def test_a_header_that_contradicts_its_tensors(
+    run: Callable[..., Result], model_file: Path, key: str, value: int, says: str
+) -> None:
+    """llama.cpp would refuse to load it; numbers for it would be of no model."""
+    content = model_file.read_bytes()
+    place = content.index(key.encode()) + len(key) + 4
+    model_file.write_bytes(content[:place] + struct.pack("<I", value) + content[place + 4 :])
+    for specs in (["--gpu", "cpu"], ["--gpu", CARD], ["--gpu", CARD, "--gpu", CARD]):
+        refused(run("what-fits", str(model_file), *specs), "tiny.gguf", says)
+
+
+def test_fuzzed_models_are_planned_or_refused(run: Callable[..., Result], model_file: Path) -> None:
+    """Whatever a byte says, the answer is a plan or one sentence, never a traceback."""
+    dice = random.Random(20261128)  # noqa: S311
+    sound = model_file.read_bytes()
+    header = sound.index(b"output.weight") + 64
+    codes = set()
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(dice.choice((1, 1, 2, 4))):
+            content[dice.randrange(4, header)] = dice.randrange(256)
+        model_file.write_bytes(bytes(content))
+        spec = dice.choice(("cpu", CARD))
+        codes.add(run("what-fits", str(model_file), "--gpu", spec, "--json").exit_code)
+    assert codes <= {0, 1, 2}
+    assert 2 in codes
+
+
 def test_a_context_beyond_the_file_is_refused(run: Callable[..., Result], model_file: Path) -> None:
     refused(run("what-fits", str(model_file), "--gpu", "cpu", "--context", "4096"), "supports 2048 tokens")
 
@@ -350,6 +416,17 @@ def config_dir(tmp_path: Path, **changes: Any) -> Path:
 def test_a_directory_with_config_json(run: Callable[..., Result], tmp_path: Path) -> None:
     found = candidates_of(run("what-fits", str(config_dir(tmp_path)), "--gpu", CARD, "--json"))
     assert {item["variant"] for item in found} >= {"BF16", "F16", "Q8_0", "Q4_K_M"}
+
+
+def test_tensors_of_another_model_are_refused(run: Callable[..., Result], tmp_path: Path) -> None:
+    folder = config_dir(tmp_path)
+    infos = {
+        name: {"dtype": "BF16", "shape": [2, 2], "data_offsets": [8 * index, 8 * index + 8]}
+        for index, name in enumerate(["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"])
+    }
+    text = json.dumps(infos).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    refused(run("what-fits", str(folder), "--gpu", CARD), "24 layers and its tensors 1")
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"])
