@@ -40,6 +40,8 @@ PROCESSES, SYSTEM_RAM, OPEN_WEBUI_RAM = 4 * GIB, 2 * GIB, GIB
 # Best first, with the tier of each and the least compute capability of its kernels.
 SCHEMES = {"BF16": 0, "FP8": 0, "GPTQ-Int8": 0, "AWQ": 3, "GPTQ-Int4": 3}
 LEAST_CAPABILITY = (7, 5)
+# vLLM refuses float16 for these, and bfloat16 needs more.
+BFLOAT16_ONLY, BFLOAT16_CAPABILITY = ("gemma2", "gemma3"), (8, 0)
 NATIVE_FP8 = (8, 9)
 # Decode at batch 1 as a share of the roofline.
 SHARE_16_BIT, SHARE_8_BIT, SHARE_4_BIT, SHARE_NATIVE_FP8 = 0.58, 0.47, 0.33, 0.50
@@ -200,7 +202,7 @@ def divides(model: str, scheme: str, tensor: int, stages: int) -> bool:
     for width in (shape.intermediate_size, shape.expert_intermediate_size):
         if width % tensor:
             return False
-        if tensor > 1 and scheme in ("GPTQ-Int8", "GPTQ-Int4", "AWQ") and width // tensor % GROUP:
+        if tensor > 1 and scheme != "BF16" and width // tensor % GROUP:
             return False
     return True
 
@@ -278,7 +280,9 @@ def arrangements(case: Case, scheme: str) -> Iterator[Arrangement]:
     over like cards only."""
     if not DRIVERS[case.driver]:
         return
-    able = [index for index, card in enumerate(case.cards) if card.level >= LEAST_CAPABILITY and not card.mig]
+    wide = SHAPES[case.model].architecture in BFLOAT16_ONLY
+    least = BFLOAT16_CAPABILITY if wide else LEAST_CAPABILITY
+    able = [index for index, card in enumerate(case.cards) if card.level >= least and not card.mig]
     seen = set()
     for size in range(1, len(able) + 1):
         for order in permutations(able, size):
