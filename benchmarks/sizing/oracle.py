@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +77,14 @@ def find_bin() -> Path:
     raise OracleMissingError(HOW_TO_BUILD)
 
 
-def write_sparse_gguf(path: Path, shape: ModelShape, scheme: str) -> None:
-    """Write a GGUF with this shape's true header and a hole of the data's size."""
+def write_sparse_gguf(
+    path: Path, shape: ModelShape, scheme: str, more: Mapping[str, str | int] | None = None
+) -> None:
+    """Write a GGUF with this shape's true header, ``more`` keys in it, and a hole of the data's size."""
     writer = gguf.GGUFWriter(path, shape.architecture, use_temp_file=False)
     _write_metadata(writer, shape)
+    for key, value in (more or {}).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     data_bytes = 0
     for tensor in model_tensors(shape):
         name = tensor_type(shape, scheme, tensor)

@@ -22,11 +22,12 @@ def variant_directory(model: str, variant: str) -> str:
 
 
 def check_pinned(deployment: Mapping[str, Any]) -> None:
-    """Raise FleetfitError unless every file has a size and a sha256, and the repository a commit."""
+    """Raise FleetfitError unless every file has a size and a sha256, and the repository, if any, a commit."""
     unpinned = [
         file["name"] for file in deployment["files"] if not file.get("sha256") or not file.get("size")
     ]
-    if not deployment["files"] or unpinned or not deployment.get("revision"):
+    revision_missing = deployment.get("repository") and not deployment.get("revision")
+    if not deployment["files"] or unpinned or revision_missing:
         what = (
             ", ".join(unpinned)
             if unpinned
@@ -50,7 +51,7 @@ def model_artifacts(
     ``sources`` are bases tried before the hub, each with ``type`` file (``path``, ``location``)
     or http (``url``); below a base a file is ``<model>/<variant>/<name>``, and an adapter's is
     ``<model>/<directory>/<name>``. Raises FleetfitError for a model that is not pinned, and where there is
-    no source at all.
+    no source at all; a model without a repository comes from ``sources`` alone.
     """
     check_pinned(deployment)
     check_names(
@@ -59,16 +60,20 @@ def model_artifacts(
         model=deployment["model"],
         origin="the plan",
     )
-    if not sources and not hub:
+    in_hub = hub and bool(deployment.get("repository"))
+    if not sources and not in_hub:
         raise FleetfitError(
             f"There is no source for the model {deployment['model']}.",
             code="no_source",
-            remedy="Set model_store_sources, or model_store_hub to true.",
+            remedy="Set model_store_sources"
+            + (
+                ", or model_store_hub to true." if deployment.get("repository") else ": it has no repository."
+            ),
         )
     artifacts = []
     for file in deployment["files"]:
         places = _places(sources, deployment["model"], deployment["variant"], file["name"])
-        if hub:
+        if in_hub:
             places.append(
                 {
                     "type": "hub",

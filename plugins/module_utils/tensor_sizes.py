@@ -189,6 +189,13 @@ def model_tensors(shape: ModelShape) -> Iterator[Tensor]:
             yield Tensor(f"blk.{layer}.{name}", category, cols, rows, layer)
 
 
+def parameter_count(shape: ModelShape) -> int:
+    """Return the model's parameters; factors of the rotary embedding, which files may carry, are constants."""
+    return sum(
+        tensor.cols * tensor.rows for tensor in model_tensors(shape) if not tensor.name.startswith("rope_")
+    )
+
+
 def _block_tensors(shape: ModelShape, h: int, q: int, kv: int) -> Iterator[tuple[str, str, int, int]]:
     yield "attn_norm.weight", "norm", h, 1
     if shape.fused_projections:
@@ -542,9 +549,20 @@ def scheme_of_config(config: Mapping[str, Any]) -> str:
             return f"GPTQ-Int{bits}"
         if method == "awq" and bits == 4:
             return "AWQ"
-        if method == "fp8":
+        if method == "fp8" or (method == "compressed-tensors" and _is_compressed_fp8(quantization)):
             return "FP8"
     raise _unknown_safetensors_scheme(str(quantization))
+
+
+def _is_compressed_fp8(quantization: Mapping[str, Any]) -> bool:
+    """Return whether llm-compressor's groups all hold 8-bit floating-point weights."""
+    groups = quantization.get("config_groups")
+    found = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") for group in found if isinstance(group, Mapping)]
+    return bool(weights) and all(
+        isinstance(item, Mapping) and (item.get("num_bits"), item.get("type")) == (8, "float")
+        for item in weights
+    )
 
 
 _GGUF_BLOCK = re.compile(r"^blk\.(\d{1,4})\.")

@@ -11,11 +11,15 @@ from typing import Any
 
 import click
 import yaml
-from ansible_collections.fleetfit.llm.plugins.module_utils.catalog_entry import CatalogEntry, Variant
+from ansible_collections.fleetfit.llm.plugins.module_utils.catalog_entry import (
+    CatalogEntry,
+    Variant,
+    entry_from_dict,
+)
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.model_files import check_names
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import layout_of
-from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import GGUF_SCHEMES, model_tensors
+from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import GGUF_SCHEMES, parameter_count
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import format_size
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import (
     CATALOG_DIR,
@@ -27,11 +31,9 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import
 from rich.console import Console
 from rich.table import Table
 
-from .hub import Hub, Repository
-
-# How far a pinned file may be from the bytes that the shape and the scheme give: an importance matrix moves
-# a few tensors of small models to another type.
-SIZE_TOLERANCE = 0.02
+from .described import SIZE_TOLERANCE
+from .entry_text import DEFAULT_OVERLAY, Wishes, describe, entry_of, text_of, unknown_facts
+from .hub import Hub, Repository, check_repository
 
 _directories = click.option(
     "--catalog-dir", "catalog_dirs", multiple=True, type=click.Path(), help="An overlay directory."
@@ -151,6 +153,79 @@ def pin(
 
 
 @catalog.command()
+@click.argument("model")
+@_directories
+@click.option("--endpoint", help="The hub or a mirror of it (default: HF_ENDPOINT, else the public hub).")
+@click.option(
+    "--revision", default="main", show_default=True, help="A branch, a tag or a commit of a hub id."
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(file_okay=False),
+    help=f"The overlay that gets the entry (default: the last --catalog-dir, else ./{DEFAULT_OVERLAY}).",
+)
+@click.option("--id", "model_id", metavar="ID", help="The entry's id (default: from the model's name).")
+@click.option("--family", help="Whose smaller siblings are offered where it does not fit (default: its id).")
+@click.option("--licence", help="The licence's id, where the source does not say it or says it wrongly.")
+@click.option("--tool-call-parser", help="vLLM's parser of tool calls: hermes, llama3_json, mistral …")
+@click.option("--repository", metavar="ORG/NAME", help="Where the hub has the files of a local model.")
+@click.option("--force", is_flag=True, help="Replace an entry of that id.")
+def add(
+    model: str,
+    catalog_dirs: tuple[str, ...],
+    endpoint: str | None,
+    revision: str,
+    output_dir: str | None,
+    model_id: str | None,
+    family: str | None,
+    licence: str | None,
+    tool_call_parser: str | None,
+    repository: str | None,
+    force: bool,
+) -> None:
+    """Describe MODEL in an overlay of the catalog: a .gguf file, a config.json or its directory, or a hub id.
+
+    What MODEL does not say of itself is named at the end, with the place to fill it in.
+    """
+    if repository is not None:
+        check_repository(repository)
+    described = describe(model, endpoint, revision, report=lambda text: click.echo(text, err=True))
+    directory = Path(output_dir or (catalog_dirs[-1] if catalog_dirs else DEFAULT_OVERLAY))
+    wishes = Wishes(model_id, family, licence, tool_call_parser, repository)
+    document = entry_of(described, wishes)
+    name = document["id"]
+    folder = directory / "models" if (directory / "models").is_dir() else directory
+    path = folder / f"{name}.yml"
+    overlays = [Path(item) for item in catalog_dirs]
+    others = load_catalog([*overlays, directory] if directory.is_dir() else overlays)
+    if not force and (path.exists() or name in others.entries):
+        where = str(path) if path.exists() else others.entries[name].origin
+        raise FleetfitError(
+            f"The catalog has a model {name!r} already ({where}).",
+            code="entry_exists",
+            remedy="Give this one another name with --id, or replace it with --force.",
+        )
+    check_schema(document, "catalog_entry", path)
+    entry = entry_from_dict(document, origin=str(path))
+    for problem in problems_of(entry):
+        raise FleetfitError(
+            f"{problem}.", code="bad_catalog_entry", remedy="Name another source of the model."
+        )
+    unknown = unknown_facts(described, document)
+    write_atomically(path, text_of(document, described, unknown))
+    names = ", ".join(variant.name for variant in entry.variants)
+    click.echo(f"{name}: {entry.parameters:,} parameters, variants: {names}; from {described.origin}")
+    click.echo(f"written to {path}")
+    for sentence in described.left_out:
+        click.echo(f"left out: {sentence}", err=True)
+    for field, sentence in unknown:
+        click.echo(f"to fill in: {field}: {sentence}", err=True)
+    if not all(variant.pinned for variant in entry.variants):
+        click.echo(f"next: fleetfit catalog pin {name} --catalog-dir {directory}", err=True)
+    click.echo(f"planning reads it with fleetfit_catalog_dirs: [{directory.resolve()}]", err=True)
+
+
+@catalog.command()
 @_directories
 def check(catalog_dirs: tuple[str, ...]) -> None:
     """Check every entry against its schema and the arithmetic of its shape."""
@@ -218,8 +293,13 @@ def write_pins(path: Path, model: str, pins: Mapping[str, Any]) -> None:
         check_schema(document, "catalog_pins", path)
     document["variants"] = {**document["variants"], **pins}
     check_schema(document, "catalog_pins", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "# Written by fleetfit catalog pin.\n---\n" + yaml.safe_dump(document, sort_keys=False, width=120)
+    write_atomically(path, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, and an interruption leaves the old."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -236,8 +316,8 @@ def write_pins(path: Path, model: str, pins: Mapping[str, Any]) -> None:
 def problems_of(entry: CatalogEntry) -> list[str]:
     """Return what the arithmetic of an entry says against it, a sentence each."""
     problems = []
-    parameters = sum(tensor.cols * tensor.rows for tensor in model_tensors(entry.shape))
-    if abs(parameters - entry.parameters) > 0.001 * parameters:
+    parameters = parameter_count(entry.shape)
+    if parameters != entry.parameters:
         problems.append(f"{entry.origin}: parameters is {entry.parameters}, the shape has {parameters}")
     for scheme in entry.low_quality_order:
         if scheme not in GGUF_SCHEMES:

@@ -36,11 +36,17 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at one revision (a commit, forty hex digits)."""
+    """A repository at one revision (a commit, forty hex digits), and what its card says of the licence."""
 
     name: str
     revision: str
     files: tuple[HubFile, ...]
+    licence: str | None = None
+    gated: bool = False
+
+    def file(self, name: str) -> HubFile | None:
+        """Return the file of that name, or None."""
+        return next((item for item in self.files if item.name == name), None)
 
 
 class Hub:
@@ -79,7 +85,9 @@ class Hub:
             raise self._bad_answer(name, "it is not a model's description") from None
         if not _REVISION.match(commit):
             raise self._bad_answer(name, f"its revision {commit!r} is no commit")
-        return Repository(name=name, revision=commit, files=files)
+        return Repository(
+            name=name, revision=commit, files=files, licence=_licence(data), gated=bool(data.get("gated"))
+        )
 
     def small_file(self, repository: Repository, name: str) -> bytes:
         """Return the content of a small file at the repository's revision."""
@@ -101,10 +109,16 @@ class Hub:
             raise self._bad_answer(repository.name, f"{file.name} is not the content that the hub declares")
         return HubFile(file.name, len(data), hashlib.sha256(data).hexdigest())
 
-    def _get(self, path: str, repository: str) -> bytes:
+    def first_bytes(self, repository: Repository, name: str, count: int) -> bytes:
+        """Return the first ``count`` bytes of a file (fewer where it is shorter), without the rest of it."""
+        path = f"/{repository.name}/resolve/{repository.revision}/{quote(name)}"
+        return self._get(path, repository.name, first=count)
+
+    def _get(self, path: str, repository: str, *, first: int | None = None) -> bytes:
         url = self.endpoint + path
+        headers = None if first is None else {"Range": f"bytes=0-{first - 1}"}
         try:
-            answer = open_url(url, self._settings, token=self._token)
+            answer = open_url(url, self._settings, token=self._token, headers=headers)
         except (OSError, http.client.HTTPException) as error:
             raise FleetfitError(
                 f"The hub at {self.endpoint} cannot be reached: {error or type(error).__name__}.",
@@ -113,9 +127,15 @@ class Hub:
             ) from None
         try:
             if answer.status in (401, 403):
+                # The hub's own word for it (huggingface_hub, utils/_http.py).
+                gated = answer.header("X-Error-Code") == "GatedRepo"
                 raise FleetfitError(
-                    f"The hub at {self.endpoint} refuses {repository} (HTTP {answer.status}): it is gated, "
-                    "private, or does not exist.",
+                    f"The hub at {self.endpoint} refuses {repository} (HTTP {answer.status}): "
+                    + (
+                        "it is gated, and its licence was not accepted."
+                        if gated
+                        else "it is gated, private, or does not exist."
+                    ),
                     code="hub_refused",
                     remedy=(
                         f"Accept the licence on {self.endpoint}/{repository} and set HF_TOKEN to a token "
@@ -128,8 +148,11 @@ class Hub:
                     code="hub_not_found",
                     remedy="Check the repository's name and the revision.",
                 )
-            if answer.status != 200:
+            if answer.status != 200 and (first is None or answer.status != 206):
                 raise self._bad_answer(repository, f"HTTP {answer.status}")
+            if first is not None:
+                # A server that does not know ranges sends everything; the rest is not read.
+                return bytes(answer.response.read(first))
             data = answer.response.read(MAX_SMALL_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
             raise self._bad_answer(repository, f"the connection broke: {error}") from None
@@ -155,6 +178,20 @@ def check_repository(name: str) -> None:
             code="bad_repository",
             remedy="Write it as organisation/name.",
         )
+
+
+def _licence(data: dict[str, Any]) -> str | None:
+    """Return the licence's id on the model's card, else that of its tags; the name of one that is "other"."""
+    card = data.get("cardData")
+    card = card if isinstance(card, dict) else {}
+    found = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    if isinstance(found, str) and found:
+        return found
+    tags = data.get("tags")
+    for tag in tags if isinstance(tags, list) else ():
+        if isinstance(tag, str) and tag.startswith("license:"):
+            return tag.partition(":")[2]
+    return None
 
 
 def _git_hash(data: bytes) -> str:

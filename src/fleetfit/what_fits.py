@@ -72,7 +72,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .hub import REPOSITORY, Hub
+from .described import describe_repository
+from .hub import REPOSITORY, Hub, Repository
 
 EXIT_FITS, EXIT_NOTHING_FITS, EXIT_BAD_INPUT = 0, 1, 2
 SPEC_FORM = "a card of the catalog, NAME:TOTAL_MIB[:FREE_MIB[:COMPUTE_CAPABILITY]], or cpu"
@@ -246,10 +247,18 @@ def subject_of(model: str, catalog: Catalog, endpoint: str | None = None) -> Sub
     for entry in catalog.entries.values():
         if REPOSITORY.match(model) and any(item.repository == model for item in entry.variants):
             return _catalog_subject(entry, catalog)
-    if REPOSITORY.match(model) and not near_names(model, catalog.entries):
-        return _hub_subject(model, endpoint)
-    if REPOSITORY.match(model) and endpoint:
-        return _hub_subject(model, endpoint)
+    if REPOSITORY.match(model):
+        try:
+            return _hub_subject(model, endpoint)
+        except FleetfitError as error:
+            near = near_names(model, catalog.entries)
+            if not near or error.code not in ("hub_unreachable", "hub_not_found", "hub_refused"):
+                raise
+            raise FleetfitError(
+                error.message,
+                code=error.code,
+                remedy=f"{error.remedy} The catalog has {' and '.join(near)}.",
+            ) from None
     return _catalog_subject(catalog.entry(model), catalog)
 
 
@@ -299,13 +308,31 @@ def _directory_subject(path: Path) -> Subject:
 def _hub_subject(name: str, endpoint: str | None) -> Subject:
     hub = Hub(endpoint)
     repository = hub.repository(name)
+    if repository.file("config.json") is None:
+        return _gguf_repository_subject(hub, repository)
     try:
         config = json.loads(hub.small_file(repository, "config.json"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FleetfitError(
             f"config.json of {name} is not JSON.", code="bad_config_json", remedy="Name another repository."
         ) from None
     return _config_subject(config, name, f"config.json of {name} at {repository.revision[:12]}")
+
+
+def _gguf_repository_subject(hub: Hub, repository: Repository) -> Subject:
+    """Return the model of a repository that has GGUF files alone, with the quantizations that it has."""
+    described = describe_repository(hub, repository)
+    variants = tuple(
+        Variant(
+            name=item["name"],
+            format=item["format"],
+            engines=tuple(item["engines"]),
+            scheme=item["scheme"],
+            quality_tier=tier_of_scheme(item["scheme"]),
+        )
+        for item in described.variants
+    )
+    return Subject(_entry(repository.name, described.shape, variants, described.origin), {}, False)
 
 
 def _config_subject(config: Any, name: str, origin: str) -> Subject:

@@ -15,9 +15,10 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.selection import (
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.tensor_sizes import (
     layout_from_scheme,
-    model_tensors,
+    parameter_count,
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import CATALOG_DIR
 
 from fleetfit.catalog import problems_of
 
@@ -117,6 +118,15 @@ PUBLISHED_SIZES = {
 FAMILIES = sorted({entry.family for entry in CATALOG.entries.values()})
 
 
+def test_the_documentation_lists_every_model() -> None:
+    text = (CATALOG_DIR.parent / "docs" / "catalog.md").read_text()
+    assert [name for name in CATALOG.entries if f"`{name}`" not in text] == []
+    for family in FAMILIES:
+        assert f"| {family} |" in text
+    for entry in CATALOG.entries.values():
+        assert not entry.licence_needs_acceptance or f"**{entry.licence}**" in text
+
+
 def test_every_model_has_a_published_parameter_count() -> None:
     assert set(PUBLISHED_PARAMETERS) == set(CATALOG.entries)
 
@@ -125,13 +135,7 @@ def test_every_model_has_a_published_parameter_count() -> None:
 def test_the_shape_has_the_published_number_of_parameters(model: str) -> None:
     entry = CATALOG.entry(model)
     published, source = PUBLISHED_PARAMETERS[model]
-    # Factors of the rotary embedding are constants that files may carry, not parameters.
-    counted = sum(
-        tensor.cols * tensor.rows
-        for tensor in model_tensors(entry.shape)
-        if not tensor.name.startswith("rope_")
-    )
-    assert counted == published, source
+    assert parameter_count(entry.shape) == published, source
     assert entry.parameters == published
 
 

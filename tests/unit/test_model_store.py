@@ -52,6 +52,17 @@ def test_unpinned_model_is_refused_and_the_command_named(changes: dict[str, Any]
     assert caught.value.code == "model_not_pinned"
 
 
+def test_a_model_of_no_repository_comes_from_own_sources_alone() -> None:
+    """Its files are pinned by their own checksums (`fleetfit catalog add FILE.gguf`)."""
+    local = deployment(repository=None, revision=None)
+    sources = [{"type": "http", "url": "http://mirror/models"}]
+    (artifact,) = model_artifacts(local, sources=sources, hub=True, endpoint=HUB)
+    assert artifact["sources"] == [{"type": "http", "url": "http://mirror/models/m/Q4/x.gguf"}]
+    with pytest.raises(FleetfitError, match="model_store_sources: it has no repository") as caught:
+        model_artifacts(local, sources=[], hub=True, endpoint=HUB)
+    assert caught.value.code == "no_source"
+
+
 def test_no_source_at_all_is_told() -> None:
     with pytest.raises(FleetfitError, match="model_store_sources"):
         model_artifacts(deployment(), sources=[], hub=False, endpoint=HUB)
