@@ -1,6 +1,6 @@
 """A person in a browser: sign in to Open WebUI of gpu-large, ask, and watch the answer being streamed.
 
-Needs the deployed lab (`make lab`) and Debian's chromium. With FLEETFIT_UPDATE_SCREENSHOT=1 the picture in
+Needs the deployed lab (`make lab`). With FLEETFIT_UPDATE_SCREENSHOT=1 the picture in
 docs/images, which README shows, is taken anew; otherwise the test leaves the checkout as it is.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Error, Page, sync_playwright
 
+from fleetfit.lab.machine import install_packages
 from fleetfit.lab.paths import lab_paths
 from fleetfit.lab.state import read_state
 
@@ -52,11 +53,19 @@ def password() -> str:
     return (REPO / f".lab/secrets/{HOST}/open-webui.admin-password").read_text().strip()
 
 
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """Return the path of Debian's chromium, installed where it is missing."""
+    if shutil.which("chromium") is None:
+        install_packages(["chromium"])
+    found = shutil.which("chromium")
+    assert found is not None
+    return found
+
+
 @pytest.fixture
-def page() -> Iterator[Page]:
+def page(chromium: str) -> Iterator[Page]:
     """Return an empty page of a headless Chromium."""
-    chromium = shutil.which("chromium")
-    assert chromium is not None, "chromium is missing: apt-get install chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=ARGUMENTS)
         yield browser.new_page(viewport={"width": 1280, "height": 640}, device_scale_factor=1)
