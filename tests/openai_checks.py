@@ -10,7 +10,8 @@ from typing import Any
 # (path, body or None) -> the JSON that is answered; a text where it is none.
 Ask = Callable[[str, Mapping[str, Any] | None], Any]
 
-QUESTION = "What is the capital of France?"
+# As the gate asks it: this small a model wanders off in another tongue without the last words.
+QUESTION = "What is the capital of France? Answer with its name."
 BOOKING = {
     "type": "object",
     "properties": {"room": {"enum": ["cedar-7", "maple-9"]}, "nights": {"type": "integer", "minimum": 1}},
