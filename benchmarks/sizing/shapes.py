@@ -1,4 +1,4 @@
-"""Shapes of published models (their config.json), for comparing the memory model with engines."""
+"""Shapes of published models (their config.json), all of the catalog's and others, for comparing with engines."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ SHAPES: dict[str, ModelShape] = {
     "qwen2.5-32b": ModelShape("qwen2", 64, 5120, 40, 8, 128, 27648, 152064, False, 32768, **QWEN2),
     "qwen2.5-72b": ModelShape("qwen2", 80, 8192, 64, 8, 128, 29568, 152064, False, 32768, **QWEN2),
     "qwen3-0.6b": ModelShape("qwen3", 28, 1024, 16, 8, 128, 3072, 151936, True, 40960, **QWEN3),
+    "qwen3-1.7b": ModelShape("qwen3", 28, 2048, 16, 8, 128, 6144, 151936, True, 32768, **QWEN3),
     "qwen3-4b": ModelShape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, True, 40960, **QWEN3),
     "qwen3-8b": ModelShape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, False, 40960, **QWEN3),
     "qwen3-14b": ModelShape("qwen3", 40, 5120, 40, 8, 128, 17408, 151936, False, 40960, **QWEN3),
@@ -88,6 +89,7 @@ SHAPES: dict[str, ModelShape] = {
     ),
     "gemma-2-2b": ModelShape("gemma2", 26, 2304, 8, 4, 256, 9216, 256000, True, 8192, **GEMMA2),
     "gemma-2-9b": ModelShape("gemma2", 42, 3584, 16, 8, 256, 14336, 256000, True, 8192, **GEMMA2),
+    "gemma-2-27b": ModelShape("gemma2", 46, 4608, 32, 16, 128, 36864, 256000, True, 8192, **GEMMA2),
     "gemma-3-1b": ModelShape(
         "gemma3", 26, 1152, 4, 1, 256, 6912, 262144, True, 32768, sliding_window=512, **GEMMA3
     ),
@@ -96,6 +98,12 @@ SHAPES: dict[str, ModelShape] = {
     ),
     "gemma-3-12b": ModelShape(
         "gemma3", 48, 3840, 16, 8, 256, 15360, 262208, True, 131072, sliding_window=1024, **GEMMA3
+    ),
+    "gemma-3-27b": ModelShape(
+        "gemma3", 62, 5376, 32, 16, 128, 21504, 262208, True, 131072, sliding_window=1024, **GEMMA3
+    ),
+    "phi-4-mini": ModelShape(
+        "phi3", 32, 3072, 24, 8, 128, 8192, 200064, True, 131072, rope_factors=True, **PHI3
     ),
     "phi-4": ModelShape("phi3", 40, 5120, 40, 10, 128, 17920, 100352, False, 16384, **PHI3),
     "phi-3.5-mini": ModelShape(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ansible_collections.fleetfit.llm.plugins.plugin_utils.catalog_loader import load_catalog
+
 from benchmarks.sizing import files, memory, monotone
 from benchmarks.sizing.run import REPORTED, Report
+from benchmarks.sizing.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +73,17 @@ def test_the_cells_are_those_of_the_table() -> None:
     assert {cell.layers for cell in cells if cell.devices == 1} == {1, layers // 2, layers, layers + 1}
     assert any(cell.cpu_moe for cell in cells)
     assert len(memory.SAMPLE) >= 12
+
+
+def test_every_shape_of_the_catalog_is_compared_with_llama_cpp() -> None:
+    """A model that is added to the catalog is added to benchmarks/sizing/shapes.py; its context may differ."""
+    compared = {replace(shape, native_context_tokens=1) for shape in SHAPES.values()}
+    missing = [
+        name
+        for name, entry in load_catalog().entries.items()
+        if replace(entry.shape, native_context_tokens=1) not in compared
+    ]
+    assert not missing
 
 
 def test_where_more_is_worse_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
