@@ -173,7 +173,7 @@ class Request:
 
     ``available_engines`` are those fleetfit can deploy; ``require_pinned`` is false where nothing will be
     downloaded (planning before buying). ``layouts`` replaces the catalog's arithmetic where a file's own
-    header was read.
+    header was read. ``find_longest`` is false where nobody looks at the longest context that would fit.
     """
 
     entry: CatalogEntry
@@ -185,6 +185,7 @@ class Request:
     siblings: tuple[CatalogEntry, ...] = ()
     layouts: Mapping[str, TensorLayout] = field(default_factory=dict)
     calibration: tuple[Mapping[str, Any], ...] = ()
+    find_longest: bool = True
 
     def calibrated_view(self, engine: str, variant: str) -> HostView:
         """Return the host with measured overheads and margins where records of these circumstances exist."""
@@ -390,6 +391,7 @@ def _smaller_siblings(request: Request) -> list[str]:
             policy=replace(policy, model=sibling.id, lora_adapters=()),
             siblings=(),
             require_pinned=False,
+            find_longest=policy.prefer == "context",
         )
         best = choose(evaluate(smaller), policy.prefer)
         if best is None or (found and not best.resident):
@@ -402,7 +404,13 @@ def _smaller_siblings(request: Request) -> list[str]:
 
 def _as_change(request: Request, policy: Policy, text: str) -> list[str]:
     """Return the change's text with the variant it leads to, or nothing where it does not help."""
-    changed = replace(request, policy=policy, siblings=(), require_pinned=False)
+    changed = replace(
+        request,
+        policy=policy,
+        siblings=(),
+        require_pinned=False,
+        find_longest=policy.prefer == "context",
+    )
     best = choose(evaluate(changed), policy.prefer)
     return [] if best is None else [f"{text} ({_would_fit(best, request)})"]
 
@@ -585,9 +593,11 @@ def _llama_candidate(request: Request, variant: Variant) -> Candidate:
     if placement is None:
         placement = placer.nearest(policy.min_context_tokens)
         rejected = rejected or _memory_rejection(placement.estimate, placement.devices)
-        longest = placer.max_context_anyhow(entry.max_context_tokens)
+        longest = placer.max_context_anyhow(entry.max_context_tokens) if request.find_longest else 0
     else:
-        longest = placer.max_context_tokens(placement, entry.max_context_tokens)
+        longest = (
+            placer.max_context_tokens(placement, entry.max_context_tokens) if request.find_longest else 0
+        )
         # The policy's own context fits although its multiple of 256 may not divide the limit.
         longest = max(longest, policy.min_context_tokens)
         rejected = rejected or _speed_rejection(request, placement.expected_tokens_per_s)
@@ -716,10 +726,14 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
     if not estimate.fits:
         rejected = rejected or _memory_rejection(estimate, group)
     rejected = rejected or _speed_rejection(request, expected) or _pin_rejection(request, variant)
-    # On whatever cards, as with llama.cpp: what is asked for may be fastest on fewer than hold the most.
-    longest = longest_context(
-        lambda tokens: any(placed(*item, tokens).fits for item in able_groups), entry.max_context_tokens
-    )
+    longest = 0
+    for item in able_groups if request.find_longest else ():
+        # On whatever cards, as with llama.cpp: what is asked for may be fastest on fewer than hold the most.
+        if placed(*item, min(longest + 1, entry.max_context_tokens)).fits:
+            longest = max(
+                longest,
+                longest_context(lambda tokens: placed(*item, tokens).fits, entry.max_context_tokens),  # noqa: B023
+            )
     if estimate.fits:
         longest = max(longest, policy.min_context_tokens)
     lowest = min(compute_capability_number(device.compute_capability or "0.0") for device in group)
