@@ -15,17 +15,31 @@ from .units import format_size
 # The driver gives a killed process's memory back within seconds; a unit's TimeoutStartSec must be longer.
 DEFAULT_WAIT_S = 60.0
 POLL_S = 1.0
+# What is wrong with a card that answers and computes. Hosts report it when they are checked; keeping the engine off
+# for a card that is hot at this moment, or has logged an error since boot, would make an outage of a warning.
+HARMLESS_PROBLEMS = frozenset(
+    {
+        "memory_not_supported",
+        "xid",
+        "row_remap_failed",
+        "row_remap_pending",
+        "ecc_uncorrected",
+        "thermal_slowdown",
+    }
+)
 
 
 def missing_devices(wanted: Sequence[str], facts: GpuFacts) -> list[str]:
     """Return one sentence per UUID in ``wanted`` (GPU-… or MIG-…) that cannot be used."""
     usable = {found.uuid for found in facts.accelerators if not found.mig_enabled}
-    problems = {problem.device: problem for problem in facts.problems}
+    problems = {
+        problem.device: problem for problem in facts.problems if problem.code not in HARMLESS_PROBLEMS
+    }
     general = [problem for problem in facts.problems if problem.device is None]
     sentences = []
     for uuid in wanted:
         problem = problems.get(uuid)
-        if uuid in usable and (problem is None or problem.code == "memory_not_supported"):
+        if uuid in usable and problem is None:
             continue
         why = [f"{known.message} {known.remedy}" for known in ([problem] if problem else general)]
         found = ", ".join(sorted(usable)) or "none"

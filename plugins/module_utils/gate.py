@@ -61,13 +61,15 @@ PROOF_S = 60.0
 # A log that never stops must not extend the wait for ever.
 MAX_TIMEOUT_FACTOR = 6
 
-# The engines' own errors: ggml's allocators and CUDA backend, PyTorch, vLLM's memory profiler, the kernel.
+# The engines' own errors: ggml's allocators and CUDA backend, PyTorch, vLLM's memory profiler, the kernel; and what
+# the unit's device check says of a card whose memory somebody else holds (check_devices.py).
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|failed to allocate .*(buffer|memory)|unable to allocate .*buffer"
     r"|failed to allocate compute|std::bad_alloc|Cannot allocate memory|\bMemoryError\b"
     r"|killed by the OOM killer|Failed with result 'oom-kill'|No available memory for the cache blocks"
     r"|is less than desired GPU memory utilization"
-    r"|larger than the (maximum number of tokens|available KV cache)",
+    r"|larger than the (maximum number of tokens|available KV cache)"
+    r"|The planned GPU \S+ has \S+ \S+ free",
     re.IGNORECASE,
 )
 _PORT_IN_USE = re.compile(
@@ -82,9 +84,11 @@ _LINE_HEAD = re.compile(
 )
 # What a Python library says of itself when its process ends, some hundred lines of it.
 _NOISE = re.compile(r"^nanobind: | - leaked |^ - \.\.\. skipped|nanobind\.readthedocs")
-# The last line of a Python traceback, and the errors of argument parsers and of llama.cpp that say why.
+# The last line of a Python traceback, the errors of argument parsers and of llama.cpp that say why, and what the
+# unit's device check says of a card that is not there.
 _SAID_WHY = re.compile(
     r"^(?:[A-Za-z_][\w.]*(?:Error|Exception)\b(?::.*)?$|\S+: error: |error: |error while loading )"
+    r"|The planned GPU \S+ cannot be used"
     r"|error loading model|GGML_ASSERT\(|CUDA error|error while handling argument"
 )
 # These say that another process of the same engine has said why.

@@ -62,11 +62,15 @@ REVERT_STEPS = (
 PRECHECK_TIMEOUT_S = 600
 # Longer than any unit's TimeoutStopSec that our roles set; systemd kills the engine at that.
 STOP_TIMEOUT_S = 300
+# What failed its gate has no answers worth waiting for, and one that hangs would use its unit's whole
+# TimeoutStopSec while nothing serves: after this it is killed, so that the old release starts within 5 s.
+FAILED_STOP_S = 3.0
 # The transient unit is started again this often after it was killed, then the boot unit or the next call
 # helps.
 MAX_RESTARTS = 5
 _STEP_ERRORS = (FleetfitError, OSError, subprocess.SubprocessError)
 WAIT_POLL_S = 0.3
+STOP_POLL_S = 0.1
 # Without a transaction the lock is held for moments only: by one that ends, or by garbage collection.
 REQUEST_WAIT_S = 60.0
 # How long a transaction may be without a process before it counts as dead (systemd restarts it after 1 s).
@@ -568,6 +572,22 @@ class Transaction:
         if _runs(self.service):
             _systemctl("stop", f"{self.service}.service", timeout_s=STOP_TIMEOUT_S)
 
+    def _stop_failed(self) -> None:
+        """Stop a release that is not to serve: asked to end, and killed where it does not within FAILED_STOP_S."""
+        if not _runs(self.service):
+            return
+        unit = f"{self.service}.service"
+        _systemctl("stop", "--no-block", unit)
+        end = time.monotonic() + FAILED_STOP_S
+        while _runs(self.service) and time.monotonic() < end:
+            time.sleep(STOP_POLL_S)
+        if _runs(self.service):
+            # Between the look and the kill it may have ended: then there is nothing to kill, and that is well.
+            subprocess.run(
+                ["systemctl", "kill", "--signal=SIGKILL", unit], check=False, capture_output=True, timeout=60
+            )
+        self._stop()
+
     def _stop_all(self) -> None:
         """Stop the service and those that cannot run beside it: two engines cannot hold one GPU's memory."""
         for name in self.journal.get("conflicts") or ():
@@ -585,7 +605,7 @@ class Transaction:
         """Start again what gave way to this service, which does not come back at boot either."""
 
         def start() -> None:
-            self._stop()
+            self._stop_failed()
             _systemctl("disable", "--quiet", f"{self.service}.service")
             for name in self.journal["displaced"]:
                 _systemctl("start", "--no-block", f"{name}.service")
@@ -694,7 +714,7 @@ class Transaction:
 
     def _take_back(self) -> None:
         """Stop the new release and point ``current`` to the old one; each part may be done twice."""
-        self._do("revert_stop", self._stop)
+        self._do("revert_stop", self._stop_failed)
         self._do("revert_flip", lambda: self._flip(self.journal["from"]))
         if self.journal["backup"]:
             self._do("revert_backup", self._restore)

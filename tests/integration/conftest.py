@@ -93,8 +93,12 @@ def start_host(folder: Path, image: str = "bookworm") -> SystemdHost:
     host = SystemdHost(f"fleetfit-test-{os.getpid()}-{uuid.uuid4().hex[:6]}", folder)
     options = [*container_options(host.machine), "--network=none", f"--name={host.name}"]
     host.podman("run", "--detach", *options, reference, *init_command())
-    host.wait_booted()
-    host.install_helper()
+    try:
+        host.wait_booted()
+        host.install_helper()
+    except BaseException:
+        host.podman("rm", "--force", "--time=0", host.name)
+        raise
     return host
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
@@ -266,3 +267,10 @@ def test_every_tool_call_parser_of_the_catalog_is_registered(answer: dict[str, A
     parsers = {entry.tool_call_parser for entry in CATALOG.entries.values()} - {None}
     assert {"hermes", "llama3_json", "mistral"} <= parsers
     assert parsers <= set(answer["parsers"])
+
+
+def test_every_variable_that_the_role_sets_is_one_that_vllm_reads(answer: dict[str, Any]) -> None:
+    text = (Path(__file__).parents[2] / "roles/vllm/vars/main.yml").read_text()
+    ours = set(re.findall(r"'(VLLM_\w+)':", text)) | {"VLLM_API_KEY"}
+    assert len(ours) >= 8
+    assert ours <= set(answer["environment"])

@@ -192,7 +192,7 @@ def test_a_real_vllm_is_proven_and_one_that_dies_at_the_first_request_is_taken_b
     assert "head_dim=16" in bad["cause"]["message"]
     assert bad["revert_gate"]["answer"].startswith("The capital of France is Paris")
     at = {step["step"]: step["at"] for step in bad["steps"]}
-    start_s, ready_s = at["revert_start"] - at["revert_stop"], bad["revert_gate"]["ready_s"]
+    start_s, ready_s = bad["started_at"] - at["revert_stop"], bad["revert_gate"]["ready_s"]
     print(
         f"\nvLLM: cold start {good['gate']['ready_s']:.1f} s; {good['gate']['message']}; the broken one's verdict "
         f"came {at['revert_stop'] - at['gate']:.1f} s after its start; old release started {start_s:.1f} s after "

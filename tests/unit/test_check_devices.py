@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils.check_devices import (
+    HARMLESS_PROBLEMS,
     main,
     missing_devices,
     parse_device,
     wait_for_devices,
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
-from ansible_collections.fleetfit.llm.plugins.module_utils.gpu_facts import Accelerator, GpuFacts, Problem
+from ansible_collections.fleetfit.llm.plugins.module_utils.gpu_facts import (
+    Accelerator,
+    GpuFacts,
+    Problem,
+    health_problems,
+)
 
 
 def card(uuid: str, *, mig_enabled: bool = False) -> Accelerator:
@@ -49,6 +55,27 @@ def test_a_lost_one_is_told_with_its_own_problem() -> None:
     assert missing_devices(["GPU-a"], facts) == [
         "The planned GPU GPU-a cannot be used. It fell off the bus. Reboot."
     ]
+
+
+@pytest.mark.parametrize("code", sorted(HARMLESS_PROBLEMS))
+def test_a_card_that_answers_serves_whatever_its_health_is(code: str) -> None:
+    """A restart of the engine must not fail since the card is hot, or logged an error some days ago."""
+    problem = Problem(code, "Something to look after.", "Look after it.", "GPU-a")
+    assert missing_devices(["GPU-a"], GpuFacts(accelerators=[card("GPU-a")], problems=[problem])) == []
+
+
+def test_every_problem_that_a_sick_card_has_is_known_as_harmless() -> None:
+    device = {
+        "remapped_rows": {"failed": True},
+        "ecc_uncorrected": 3,
+        # nvmlClocksEventReasonHwThermalSlowdown
+        "throttle": 0x40,
+    }
+    pending = {"remapped_rows": {"pending": True}}
+    found = [*health_problems(card("GPU-a"), device, [79]), *health_problems(card("GPU-a"), pending, [])]
+    codes = {problem.code for problem in found}
+    assert len(codes) == 5
+    assert codes <= HARMLESS_PROBLEMS
 
 
 def test_a_broken_driver_is_the_reason() -> None:

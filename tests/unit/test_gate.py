@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from ansible_collections.fleetfit.llm.plugins.module_utils import gate
+from ansible_collections.fleetfit.llm.plugins.module_utils.check_devices import wait_for_devices
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
 from ansible_collections.fleetfit.llm.plugins.module_utils.gate import GateSpec, UnitState
+from ansible_collections.fleetfit.llm.plugins.module_utils.gpu_facts import Accelerator, GpuFacts
 
 MIB = 2**20
 GATE = {"kind": "llama_cpp", "url": "http://127.0.0.1:8080", "model": "m", "timeout_s": 10}
@@ -36,6 +38,36 @@ DEATHS = [
 def test_the_cause_of_death_is_read_from_the_journal(line: str, state: str) -> None:
     log = ["loading model", line, "engine.service: Scheduled restart job, restart counter is at 1."]
     assert gate.classify(log, UnitState(active="failed", result="exit-code")) == (state, line)
+
+
+UNIT_LOG = "vllm.service: Control process exited, code=exited, status=1/FAILURE"
+
+
+def sentence_of_the_device_check(wanted: dict[str, int], facts: GpuFacts) -> str:
+    """Return what the unit's ExecStartPre writes."""
+    (sentence,) = wait_for_devices(wanted, wait_s=0, look=lambda: facts)
+    return sentence
+
+
+def test_a_planned_gpu_that_is_missing_is_the_cause_with_its_uuid() -> None:
+    said = sentence_of_the_device_check({"GPU-gone": 1}, GpuFacts())
+    state, cause = gate.classify([said, UNIT_LOG], UnitState(active="failed", result="exit-code"))
+    assert state == "crashed"
+    assert cause.startswith("The planned GPU GPU-gone cannot be used.")
+
+
+@pytest.mark.parametrize("free_bytes", [100 * MIB, 3 * 1024 * MIB])
+def test_a_planned_gpu_whose_memory_another_engine_holds_is_out_of_memory(free_bytes: int) -> None:
+    card = Accelerator("GPU-a", 0, "A", "8.9", 1, 0, "dedicated", False, None, None, False, "0", "10de:1")
+    holder = {"pid": 7, "name": "ollama", "used_bytes": 9 * 1024 * MIB, "owner": "other"}
+    live = {"GPU-a": {"free_bytes": free_bytes, "processes": [holder]}}
+    said = sentence_of_the_device_check(
+        {"GPU-a": 8 * 1024 * MIB}, GpuFacts(accelerators=[card], live_devices=live)
+    )
+    state, cause = gate.classify([said, UNIT_LOG], UnitState(sub="auto-restart", result="exit-code"))
+    assert state == "out_of_memory"
+    for part in ("GPU-a", "ollama (pid 7) holds 9.0 GiB", "8.0 GiB", "Stop what holds it"):
+        assert part in cause
 
 
 def test_the_kernels_kill_is_known_from_the_unit_alone() -> None:

@@ -5,6 +5,7 @@ import argparse
 import http.server
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/health":
-            ready = options.mode != "never_healthy" and time.monotonic() >= READY_AT
+            ready = options.mode not in ("never_healthy", "stubborn") and time.monotonic() >= READY_AT
             self.answer(200 if ready else 503, {"status": "ok"} if ready else {"error": "Loading model"})
         elif self.path == "/props" and self.allowed():
             self.answer(
@@ -128,6 +129,8 @@ if options.state:
     # A migration that the release before it could not undo.
     with open(options.state, "w") as stream:
         stream.write(options.name)
+if options.mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if options.mode == "oom":
     log("ggml_backend_cuda_buffer_type_alloc_buffer: allocating 6144.00 MiB on device 0: out of memory")
     sys.exit(1)

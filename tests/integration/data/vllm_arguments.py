@@ -2,7 +2,8 @@
 
 Standard input: {"models": {directory: config.json}, "lines": [[name, argv, whole], …]}, argv without the program.
 Of a line that is checked whole, the engine's own checks of model and length run too. Standard output, last line:
-{"version", "parsers" (names of tool-call parsers), "problems": {name: text}, "lengths": {name: tokens}}.
+{"version", "parsers" (names of tool-call parsers), "environment" (variables it reads), "problems": {name: text},
+"lengths": {name: tokens}}.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
 
 import vllm
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args  # 0.33
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # 0.32
 
 
 def problem_of(parser: FlexibleArgumentParser, argv: list[str], whole: bool, lengths: list) -> str | None:
@@ -56,7 +62,13 @@ def main() -> None:
         if found:
             lengths[name] = found[0]
     parsers = sorted(ToolParserManager.list_registered())
-    answer = {"version": vllm.__version__, "parsers": parsers, "problems": problems, "lengths": lengths}
+    answer = {
+        "version": vllm.__version__,
+        "parsers": parsers,
+        "environment": sorted(envs.environment_variables),
+        "problems": problems,
+        "lengths": lengths,
+    }
     print(json.dumps(answer))
 
 
