@@ -64,7 +64,7 @@ PRECHECK_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 300
 # What failed its gate has no answers worth waiting for, and one that hangs would use its unit's whole
 # TimeoutStopSec while nothing serves: after this it is killed, so that the old release starts within 5 s.
-FAILED_STOP_S = 3.0
+FAILED_STOP_S = 2.0
 # The transient unit is started again this often after it was killed, then the boot unit or the next call
 # helps.
 MAX_RESTARTS = 5
