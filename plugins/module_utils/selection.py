@@ -40,6 +40,7 @@ from .vllm_wheels import Wheel, able_devices, gpu_problem, wheels_of
 # Stable words for programs, in the order in which the constraints are checked.
 REJECTION_CODES = (
     "engine_not_available",
+    "format_not_supported",
     "licence_not_accepted",
     "below_min_quality_tier",
     "kv_type_not_supported",
@@ -271,8 +272,10 @@ def nothing_fits(request: Request, candidates: tuple[Candidate, ...]) -> Nothing
             candidates=candidates,
         )
     if not candidates:
+        others = [item for item in entry.variants if item.format == "gguf"]
+        why = f" {_wrong_format('vllm', others[0])}." if policy.engine == "vllm" and others else ""
         return NothingFitsError(
-            f"{entry.id} has no variant for the engine {policy.engine} ({entry.origin}).",
+            f"{entry.id} has no variant for the engine {policy.engine} ({entry.origin}).{why}",
             code="no_variant_for_engine",
             remedy="Choose another engine (fleetfit_engine), or add a variant in an overlay.",
             candidates=candidates,
@@ -462,6 +465,9 @@ def _common_rejection(request: Request, variant: Variant, engine: str) -> Option
         return Rejection(
             "engine_not_available", f"fleetfit has no role that installs {engine} (roles/{engine} is missing)"
         )
+    formats = request.engines["engines"][engine]["formats"]
+    if variant.format not in formats:
+        return Rejection("format_not_supported", _wrong_format(engine, variant))
     if entry.licence_needs_acceptance and entry.licence not in policy.accepted_licences:
         return Rejection(
             "licence_not_accepted",
@@ -492,6 +498,19 @@ def _common_rejection(request: Request, variant: Variant, engine: str) -> Option
         )
     problem = engine_problem(engine, policy.lora_adapters)
     return None if problem is None else Rejection(*problem)
+
+
+def _wrong_format(engine: str, variant: Variant) -> str:
+    """Return why an engine does not serve a variant's files, and what does.
+
+    GGUF left vLLM's core with 0.24 (its own release notes); the plugin reads it several times slower.
+    """
+    if (engine, variant.format) == ("vllm", "gguf"):
+        return (
+            "vLLM does not serve GGUF (it left its core with version 0.24): use fleetfit_engine=llama_cpp, or a "
+            "GPTQ, AWQ, FP8 or 16-bit variant"
+        )
+    return f"{engine} does not serve files in {variant.format}: use fleetfit_engine=vllm, or a GGUF variant"
 
 
 def _speed_rejection(request: Request, expected: Optional[float]) -> Optional[Rejection]:
@@ -578,6 +597,8 @@ def _llama_candidate(request: Request, variant: Variant) -> Candidate:
         low_quality_rank=entry.low_quality_rank(variant),
     )
     rejected = _common_rejection(request, variant, "llama_cpp")
+    if rejected is not None and rejected.code == "format_not_supported":
+        return replace(candidate, rejected=rejected)
     if kv_type not in llama.KV_TYPES:
         return replace(candidate, rejected=rejected)
     try:
@@ -666,8 +687,13 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
     )
     wheels = wheels_of(request.engines)
     rejected = _common_rejection(request, variant, "vllm")
-    rejected = rejected or _vllm_device_rejection(engine, wheels, variant, shape, view)
-    if rejected is not None and rejected.code in ("kv_type_not_supported", "no_gpu", "mig_not_supported"):
+    rejected = rejected or _vllm_device_rejection(engine, wheels, variant, shape, view, policy.kv_type)
+    if rejected is not None and rejected.code in (
+        "format_not_supported",
+        "kv_type_not_supported",
+        "no_gpu",
+        "mig_not_supported",
+    ):
         return replace(candidate, rejected=rejected)
     if not view.devices:
         return replace(candidate, rejected=rejected)
@@ -702,7 +728,7 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
     able_groups: list[tuple[tuple[DeviceBudget, ...], int]] = []
     devices = _vllm_devices(engine, view)
     capabilities = [device.compute_capability for device in devices]
-    able = able_devices(wheels, capabilities, _least_capability(engine, variant, shape))
+    able = able_devices(wheels, capabilities, _least_capability(engine, variant, shape, policy.kv_type))
     # A host on which no build runs is placed all the same, so that the answer says what else would be missing.
     for group, tensor in _vllm_groups([devices[index] for index in able] or devices):
         try:
@@ -773,7 +799,12 @@ def _vllm_candidate(request: Request, variant: Variant) -> Candidate:
 
 
 def _vllm_device_rejection(
-    engine: Mapping[str, Any], wheels: Sequence[Wheel], variant: Variant, shape: ModelShape, view: HostView
+    engine: Mapping[str, Any],
+    wheels: Sequence[Wheel],
+    variant: Variant,
+    shape: ModelShape,
+    view: HostView,
+    kv_type: str,
 ) -> Optional[Rejection]:
     if not view.devices:
         return Rejection("no_gpu", "vLLM needs an NVIDIA GPU, and this host has none to use")
@@ -784,8 +815,8 @@ def _vllm_device_rejection(
         wheels,
         [(device.name, device.compute_capability) for device in devices],
         view.driver_version,
-        scheme=variant.scheme + (" in bfloat16" if _bfloat16_only(shape) else ""),
-        least=_least_capability(engine, variant, shape),
+        scheme=_demanding_scheme(engine, variant, shape, kv_type),
+        least=_least_capability(engine, variant, shape, kv_type),
     )
     if problem is None:
         return None
@@ -820,12 +851,26 @@ def _vllm_dtype(shape: ModelShape, scheme: str, bfloat16: bool) -> str:
     return "bfloat16" if bfloat16 and scheme in ("BF16", "FP8") else "float16"
 
 
-def _least_capability(engine: Mapping[str, Any], variant: Variant, shape: ModelShape) -> str:
-    """Return the compute capability that vLLM needs for this format of this model."""
-    least = str(engine["schemes"].get(variant.scheme, {}).get("min_compute_capability", "0.0"))
-    if not _bfloat16_only(shape):
-        return least
-    return max(least, str(engine["bfloat16_min_compute_capability"]), key=compute_capability_number)
+def _kv_type_capability(engine: Mapping[str, Any], kv_type: str) -> str:
+    return str(engine.get("kv_types", {}).get(kv_type, {}).get("min_compute_capability", "0.0"))
+
+
+def _demanding_scheme(engine: Mapping[str, Any], variant: Variant, shape: ModelShape, kv_type: str) -> str:
+    """Return the format with what else of the plan asks for a newer card, as messages name it."""
+    scheme = variant.scheme + (" in bfloat16" if _bfloat16_only(shape) else "")
+    needs_more = compute_capability_number(_kv_type_capability(engine, kv_type)) > (0, 0)
+    return scheme + (f" with a KV cache in {kv_type}" if needs_more else "")
+
+
+def _least_capability(engine: Mapping[str, Any], variant: Variant, shape: ModelShape, kv_type: str) -> str:
+    """Return the compute capability that vLLM needs for this format of this model, with such a KV cache."""
+    needs = [
+        str(engine["schemes"].get(variant.scheme, {}).get("min_compute_capability", "0.0")),
+        _kv_type_capability(engine, kv_type),
+    ]
+    if _bfloat16_only(shape):
+        needs.append(str(engine["bfloat16_min_compute_capability"]))
+    return max(needs, key=compute_capability_number)
 
 
 def _bfloat16_only(shape: ModelShape) -> bool:

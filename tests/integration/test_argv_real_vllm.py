@@ -49,6 +49,8 @@ HOSTS = (
     ["L40S"] * 4,
     ["RTX 3060 12GB", "RTX 4090"],
 )
+# vLLM reads a cache in FP8 on these.
+WITH_FP8_CACHE = ("RTX 4060 Ti 16GB", "L40S", "H100 SXM")
 QUANTIZATION: Mapping[str, Mapping[str, Any]] = {
     "GPTQ-Int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
     "GPTQ-Int8": {"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False, "sym": True},
@@ -111,7 +113,7 @@ def candidates() -> list[tuple[str, str, CatalogEntry, Candidate, Any]]:
                 accepted_licences=[entry.licence],
                 min_context_tokens=entry.max_context_tokens if long else 8192,
                 slots=1 + number % 3,
-                kv_type="fp8" if number % 5 == 4 else "f16",
+                kv_type="fp8" if names[0] in WITH_FP8_CACHE else "f16",
                 lora_adapters=[{**ADAPTER, "base_model": entry.id}] if number % 3 == 0 else [],
             )
             place = " + ".join(names)

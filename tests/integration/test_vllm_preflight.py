@@ -1,4 +1,4 @@
-"""The checks of the role vllm, and those of the model's directory, before a host is touched: what they refuse, and how.
+"""What the role vllm and the look at a model's directory refuse before a host is touched, and how.
 
 The hosts are facts: cards and drivers that no test host has.
 """
@@ -16,7 +16,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
-CUDA = {"variant": "cuda", "python": "3.11", "arch": "x86_64", "glibc": "2.34", "size": GIB, "sha256": "e" * 64}
+CUDA = {
+    "variant": "cuda",
+    "python": "3.11",
+    "arch": "x86_64",
+    "glibc": "2.34",
+    "size": GIB,
+    "sha256": "e" * 64,
+}
 WHEELHOUSE = {**CUDA, "url": "http://nowhere/vllm.tar"}
 LOOK: list[dict[str, Any]] = [
     {
@@ -116,7 +123,11 @@ REFUSED: dict[str, tuple[tuple[str, str], str, dict[str, Any], list[str]]] = {
         RTX_4090,
         "470.256.02",
         {},
-        ["driver 470.256.02 is older than 525", "Install driver branch 580 or newer", "fleetfit_engine=llama_cpp"],
+        [
+            "driver 470.256.02 is older than 525",
+            "Install driver branch 580 or newer",
+            "fleetfit_engine=llama_cpp",
+        ],
     ),
     "compute capability too low": (
         ("Tesla P40", "6.1"),

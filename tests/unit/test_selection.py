@@ -169,6 +169,60 @@ def test_vllm_leaves_out_a_card_that_no_build_has_code_for() -> None:
     assert [device.name for device in found.devices] == ["NVIDIA GeForce RTX 4090"]
 
 
+@pytest.mark.parametrize(("card", "capability"), [("RTX 3090", "8.6"), ("T4", "7.5"), ("A100 80GB", "8.0")])
+def test_an_fp8_cache_needs_a_card_that_vllm_reads_it_on(card: str, capability: str) -> None:
+    """vLLM would refuse to start: what needs no compiler on the host reads such a cache from 8.9 on."""
+    host = facts(cards(card))
+    asked = {"engines": BOTH, "slots": 1, "min_quality_tier": "rest"}
+    found = by_name(evaluate(request("qwen2.5-1.5b-instruct", host, kv_type="fp8", **asked)), "AWQ").rejected
+    assert found is not None
+    assert found.code == "compute_capability_too_low"
+    for part in (capability, "8.9", "AWQ with a KV cache in fp8"):
+        assert part in found.reason
+    assert by_name(evaluate(request("qwen2.5-1.5b-instruct", host, **asked)), "AWQ").fits
+
+
+def test_an_fp8_cache_goes_to_the_card_that_reads_it() -> None:
+    host = facts(cards("RTX 3090", "RTX 4090"))
+    asked = request("qwen2.5-7b-instruct", host, engines=BOTH, kv_type="fp8", min_quality_tier="rest")
+    found = by_name(evaluate(asked), "AWQ")
+    assert found.fits
+    assert [device.name for device in found.devices] == ["NVIDIA GeForce RTX 4090"]
+
+
+def test_gguf_through_vllm_is_refused_with_the_alternative() -> None:
+    """An overlay may say that vLLM serves it; it does not."""
+    entry = CATALOG.entry("smollm2-135m-instruct")
+    gguf = replace(entry.variant("Q4_1"), engines=("vllm",))
+    wanted = {"engines": BOTH, "engine": "vllm", "min_quality_tier": "rest"}
+    asked = request(replace(entry, variants=(gguf,)), facts(cards("RTX 4090")), **wanted)
+    (found,) = evaluate(asked)
+    assert found.rejected is not None
+    assert found.rejected.code == "format_not_supported"
+    assert "fleetfit_engine=llama_cpp" in found.rejected.reason
+    with pytest.raises(NothingFitsError, match="vLLM does not serve GGUF") as caught:
+        select(asked)
+    assert caught.value.code == "format_not_supported"
+    # And where it says the truth, that vLLM has no variant of the model.
+    only = replace(entry, variants=(replace(gguf, engines=("llama_cpp",)),))
+    with pytest.raises(
+        NothingFitsError, match=r"vLLM does not serve GGUF.*fleetfit_engine=llama_cpp"
+    ) as caught:
+        select(request(only, facts(cards("RTX 4090")), **wanted))
+    assert caught.value.code == "no_variant_for_engine"
+
+
+def test_safetensors_through_llama_cpp_is_refused_with_the_alternative() -> None:
+    entry = CATALOG.entry("qwen2.5-1.5b-instruct")
+    wrong = replace(entry.variant("BF16"), engines=("llama_cpp",))
+    (found,) = evaluate(request(replace(entry, variants=(wrong,)), facts(cards("RTX 4090"))))
+    assert found.rejected is not None
+    assert (found.rejected.code, "fleetfit_engine=vllm" in found.rejected.reason) == (
+        "format_not_supported",
+        True,
+    )
+
+
 def test_pascal_serves_with_llama_cpp() -> None:
     assert rejection("qwen2.5-7b-instruct", facts(cards("GTX 1080 Ti")), "Q4_K_M") is None
 
