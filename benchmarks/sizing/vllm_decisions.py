@@ -43,6 +43,8 @@ LEAST_CAPABILITY = (7, 5)
 # vLLM refuses float16 for these, and bfloat16 needs more.
 BFLOAT16_ONLY, BFLOAT16_CAPABILITY = ("gemma2", "gemma3"), (8, 0)
 NATIVE_FP8 = (8, 9)
+# And a KV cache in fp8, whatever the weights are in.
+FP8_CACHE_CAPABILITY = (8, 9)
 # Decode at batch 1 as a share of the roofline.
 SHARE_16_BIT, SHARE_8_BIT, SHARE_4_BIT, SHARE_NATIVE_FP8 = 0.58, 0.47, 0.33, 0.50
 DRIVERS = {"580.95.05": True, "550.163.01": True, "525.60.13": True, "470.82.01": False}
@@ -282,6 +284,8 @@ def arrangements(case: Case, scheme: str) -> Iterator[Arrangement]:
         return
     wide = SHAPES[case.model].architecture in BFLOAT16_ONLY
     least = BFLOAT16_CAPABILITY if wide else LEAST_CAPABILITY
+    if case.kv_type == "fp8":
+        least = max(least, FP8_CACHE_CAPABILITY)
     able = [index for index, card in enumerate(case.cards) if card.level >= least and not card.mig]
     seen = set()
     for size in range(1, len(able) + 1):
@@ -548,7 +552,7 @@ def tight_cases(cases: Sequence[Case]) -> list[tuple[Case, str, bool]]:
                 (least - MIB, False),
                 (least + max(MISS, int(MISS_SHARE * least)) + MIB, True),
             ):
-                card = Card("made to measure", total, 0, 0, "8.6", 9e11)
+                card = Card("made to measure", total, 0, 0, "8.9", 9e11)
                 found.append((_alone(case, card), scheme, fits))
     return found
 
@@ -565,7 +569,7 @@ def _least_total(case: Case, scheme: str) -> int:
     low, high = 0, 1 << 20
     while high - low > 1:
         middle = (low + high) // 2
-        tried = _alone(case, Card("made to measure", middle * MIB, 0, 0, "8.6", 9e11))
+        tried = _alone(case, Card("made to measure", middle * MIB, 0, 0, "8.9", 9e11))
         if slack(tried, scheme, Arrangement((0,), 1)) >= 0:
             high = middle
         else:
