@@ -1,4 +1,4 @@
-"""Action plugin: build llama.cpp on the controller, without a connection."""
+"""Action plugin: find a build of llama.cpp for a host, or make it on the controller; without a connection."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ class ActionModule(ActionBase):
                 "arch": {"type": "str", "required": True},
                 "glibc": {"type": "str", "required": True},
                 "cpu_isa": {"type": "list", "elements": "str", "required": True},
+                "build_on": {
+                    "type": "str",
+                    "choices": ["oldest_host", "controller"],
+                    "default": "controller",
+                },
+                "required": {"type": "bool", "default": False},
             }
         )
         checksum = arguments["source_sha256"] or (
@@ -57,12 +63,26 @@ class ActionModule(ActionBase):
             arch=arguments["arch"],
         )
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleetfit"
+        on_host = arguments["build_on"] == "oldest_host"
         try:
             outcome = build_engine(
-                build, glibc=arguments["glibc"], cache=cache, only_look=self._task.check_mode
+                build, glibc=arguments["glibc"], cache=cache, only_look=self._task.check_mode or on_host
             )
+            if outcome["archive"] is None and arguments["required"] and not self._task.check_mode:
+                raise FleetfitError(
+                    f"There is no build of llama.cpp {build.version} ({build.backend}, {build.cpu_baseline}) for"
+                    f" glibc {arguments['glibc']}: the host that was to make it has failed.",
+                    code="engine_build_missing",
+                    remedy="Mend what is said of that host above, or set llama_cpp_build_on to controller.",
+                )
         except FleetfitError as error:
             result.update(failed=True, msg=str(error), code=error.code, remedy=error.remedy)
             return result
-        result.update(changed=outcome["built"], key=outcome["key"], archive=outcome["archive"])
+        result.update(
+            # On a host it is only looked for here; the task that compiles there says what it changed.
+            changed=outcome["built"] and (self._task.check_mode or not on_host),
+            key=outcome["key"],
+            archive=outcome["archive"],
+            build=build.identity(),
+        )
         return result

@@ -235,6 +235,15 @@ def check_identity(
         return failed(
             service, name, "wrong_model", f"the plan serves '{wanted_name}', the engine says: {said}"
         )
+    # vLLM's model is a directory, named after the variant; of a release from before that is the link `model`.
+    directory = identity["model_file"] if deployment.get("engine") == "vllm" else None
+    if directory and directory not in ("model", deployment.get("variant")):
+        return failed(
+            service,
+            name,
+            "wrong_model",
+            f"the plan runs the variant {deployment.get('variant')}, the engine says: {said}",
+        )
     if wanted_file and identity["model_file"] and identity["model_file"] != os.path.basename(wanted_file):
         return failed(service, name, "wrong_model", f"the plan runs {wanted_file}, the engine says: {said}")
     return Check(service, name, True, f"{deployment.get('variant')}: the engine says {said}")

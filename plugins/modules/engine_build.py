@@ -6,11 +6,11 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: engine_build
-short_description: Build llama.cpp on the controller, once for all hosts
+short_description: Find a build of llama.cpp for a host, or make it on the controller
 version_added: "0.1.0"
 description:
-  - Compiles llama.cpp from its pinned source, or finds what an earlier run compiled, once per version,
-    backend and CPU baseline. Hosts whose C library is older than the result needs are refused.
+  - Finds what an earlier run compiled for this version, backend, CPU baseline and a C library that the host has,
+    or compiles it from its pinned source. Where hosts build it (M(fleetfit.llm.engine_compile)), it is looked for.
 options:
   version:
     description: The version of the source package.
@@ -37,6 +37,15 @@ options:
     type: list
     elements: str
     required: true
+  build_on:
+    description: Where it is compiled if it is missing.
+    type: str
+    choices: [oldest_host, controller]
+    default: controller
+  required:
+    description: Fail where it is missing and is not compiled here.
+    type: bool
+    default: false
 attributes:
   check_mode:
     support: full
@@ -63,7 +72,11 @@ key:
   returned: success
   type: str
 archive:
-  description: An entry as in the role llama_cpp's archives; null in check mode where nothing was built yet.
+  description: An entry as in the role llama_cpp's archives; null where nothing was built yet.
+  returned: success
+  type: dict
+build:
+  description: What decides the bytes of the build.
   returned: success
   type: dict
 """

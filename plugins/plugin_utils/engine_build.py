@@ -57,6 +57,8 @@ class EngineBuild:
     backend: str = "cpu"  # "cpu" or "cuda"
     cpu_baseline: str = "x86-64-v3"
     arch: str = "x86_64"
+    # The C library of the host that compiles it; empty where that is this machine (or the lab's builder).
+    glibc: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a backend or baseline that is not known."""
@@ -73,9 +75,13 @@ class EngineBuild:
                 remedy="Choose cpu or cuda.",
             )
 
+    def identity(self) -> dict[str, str]:
+        """Return the fields that are set: those of a build on this machine are as they were before hosts built."""
+        return {name: value for name, value in asdict(self).items() if value}
+
     def key(self) -> str:
         """Return sixteen hex digits of everything that decides the build."""
-        canonical = json.dumps([FORMAT, asdict(self), cmake_options(self), TARGETS], sort_keys=True)
+        canonical = json.dumps([FORMAT, self.identity(), cmake_options(self), TARGETS], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def archive_name(self) -> str:
@@ -136,7 +142,7 @@ def cmake_options(build: EngineBuild) -> list[str]:
     return [f"-D{name}={value}" for name, value in options.items()]
 
 
-def build_script(build: EngineBuild, jobs: int) -> str:
+def build_script(build: EngineBuild, jobs: int | str) -> str:
     """Return a shell script: ``sh build.sh SOURCE BUILD OUT`` compiles, and strips into OUT/bin.
 
     It can be killed and run again; finished objects are kept. OUT/bin appears whole or not at all.
@@ -247,7 +253,7 @@ def finish_build(build: EngineBuild, cache: Path, bin_dir: Path) -> BuiltEngine:
         pack(Path(scratch), archive)
     data = {
         "schema_version": 1,
-        "build": asdict(build),
+        "build": build.identity(),
         "sha256": file_sha256(archive),
         "size": archive.stat().st_size,
     }

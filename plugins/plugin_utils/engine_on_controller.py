@@ -1,15 +1,17 @@
-"""Build llama.cpp on this controller, once for all hosts that the result runs on."""
+"""Find the build of llama.cpp that runs on a host, or build it on this controller, once for all such hosts."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -100,6 +102,29 @@ def _compile(build: EngineBuild, cache: Path) -> BuiltEngine:
     return built
 
 
+def fitting_build(build: EngineBuild, cache: Path, glibc: str) -> BuiltEngine | None:
+    """Return the finished build in the cache that runs with this C library, or None.
+
+    One that this machine made comes first, then those that hosts made, the newest C library first: a host
+    that joins with an older one gets a build of its own, and the others keep theirs.
+    """
+    found: list[tuple[bool, tuple[int, ...], BuiltEngine]] = []
+    for record in sorted((cache / "engine").glob("*/build.json")):
+        try:
+            made = EngineBuild(**json.loads(record.read_text())["build"])
+        except (ValueError, KeyError, TypeError):
+            continue  # of another version of fleetfit
+        if replace(made, glibc="") != replace(build, glibc="") or made.key() != record.parent.name:
+            continue
+        built = finished_build(made, cache)
+        if built is None:
+            continue
+        needed = _version(needed_glibc(built.bin_dir / "llama-server"))
+        if needed <= _version(glibc):
+            found.append((not made.glibc, needed, built))
+    return max(found, key=lambda item: item[:2])[2] if found else None
+
+
 def build_engine(build: EngineBuild, *, glibc: str, cache: Path, only_look: bool) -> dict[str, Any]:
     """Return ``{"key", "archive", "built"}``; ``archive`` is an entry as in llama_cpp_archives.
 
@@ -108,12 +133,14 @@ def build_engine(build: EngineBuild, *, glibc: str, cache: Path, only_look: bool
     with ``glibc``.
     """
     folder = cache / "engine" / build.key()
-    found = finished_build(build, cache)
+    found = fitting_build(build, cache, glibc)
     compiled = False
     if found is None and only_look:
         return {"key": build.key(), "archive": None, "built": True}
     if found is None:
-        with _locked(folder / "lock"):
+        found = finished_build(build, cache)
+    if found is None:
+        with locked(folder / "lock"):
             found = finished_build(build, cache)
             if found is None:
                 _require_tools(build)
@@ -124,8 +151,7 @@ def build_engine(build: EngineBuild, *, glibc: str, cache: Path, only_look: bool
         raise FleetfitError(
             f"llama.cpp as this controller builds it needs glibc {needed}, the host has {glibc}.",
             code="engine_build_glibc",
-            remedy="Run fleetfit from a controller as old as the oldest host, or add an archive built there"
-            " to llama_cpp_archives.",
+            remedy="Set llama_cpp_build_on to oldest_host, or add an archive built there to llama_cpp_archives.",
         )
     archive = {
         "version": build.version,

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from ..processes import kill_all
 
 REPO = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -158,8 +159,7 @@ class Fleet:
                 seen, name = seen + 1, line.strip(" *\n")
                 if seen == at_task:
                     break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+        kill_all(process)
         process.stdout.close()
         return name
 

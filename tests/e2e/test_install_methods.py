@@ -1,4 +1,4 @@
-"""llama.cpp from a package of a site's own repository, and from a build made once on the controller."""
+"""llama.cpp from a package of a site's own repository, and from a build that the controller has already."""
 
 from __future__ import annotations
 

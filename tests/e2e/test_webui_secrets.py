@@ -79,7 +79,7 @@ def test_no_output_of_the_run_has_one(host: Host, fleet: Fleet) -> None:
         ("cat /etc/fleetfit/manifest.json", "open_webui"),
         ("cat /var/lib/fleetfit/switch/*.json", "open-webui"),
         (
-            "find / -xdev -type f -perm -o+r -not -path '/proc/*' -size -2M -exec grep -lF e2e-canary {} +"
+            "find / -xdev -type f -perm -o+r -not -path '/proc/*' -size -20M -exec grep -lF e2e-canary {} +"
             " ; echo searched",
             "searched",
         ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 
 from fleetfit.lab.machine import podman
+
+from ..processes import kill_all
 
 ROOT = Path(__file__).parents[2]
 ANSIBLE = Path(sys.executable).with_name("ansible")
@@ -256,8 +257,7 @@ def test_a_call_that_is_lost_does_not_stop_the_switch(controller: Controller, ho
     while host.show("fleetfit-switch-portal.service", "ActiveState") != "active":
         assert time.monotonic() < end
         time.sleep(0.2)
-    os.killpg(lost.pid, signal.SIGKILL)  # Ansible, its SSH client and with it the connection
-    lost.wait()
+    kill_all(lost)  # Ansible, its SSH client and with it the connection
     result, _ = controller.call("release", **wanted)
     assert not result["failed"], result
     journal = json.loads(host.run("cat", "/var/lib/fleetfit/switch/portal.json"))

@@ -14,6 +14,7 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.engine_build import (
 from ansible_collections.fleetfit.llm.plugins.plugin_utils.engine_on_controller import (
     build_engine,
     cpu_baseline,
+    fitting_build,
     needed_glibc,
 )
 
@@ -61,3 +62,42 @@ def test_other_architecture_is_refused(tmp_path: Path) -> None:
 )
 def test_baseline_follows_the_instruction_sets(isa: list[str], baseline: str) -> None:
     assert cpu_baseline(isa) == baseline
+
+
+def made_on_host(cache: Path, glibc: str, needs: str) -> str:
+    """Put a build into the cache that a host with ``glibc`` compiled; return its sha256."""
+    programs = cache / f"programs-{glibc}"
+    programs.mkdir()
+    for name in TARGETS:
+        (programs / name).write_bytes(f"\x7fELF GLIBC_2.2.5\0GLIBC_{needs}\0".encode())
+    return finish_build(EngineBuild(glibc=glibc), cache, programs).sha256
+
+
+def test_a_host_with_an_older_library_gets_a_build_of_its_own_and_the_others_keep_theirs(cache: Path) -> None:
+    def served(glibc: str) -> str | None:
+        found = fitting_build(EngineBuild(), cache, glibc)
+        return found.sha256 if found else None
+
+    own = served("2.36")
+    assert own
+    assert served("2.31") is None
+    old = made_on_host(cache, "2.31", "2.30")
+    assert served("2.31") == served("2.33") == old
+    assert served("2.36") == served("2.41") == own
+    older = made_on_host(cache, "2.28", "2.28")
+    assert served("2.28") == older
+    assert served("2.31") == old
+
+
+def test_another_version_or_baseline_is_no_fit_and_rubbish_is_passed_over(cache: Path) -> None:
+    (cache / "engine/other").mkdir()
+    (cache / "engine/other/build.json").write_text("{")
+    assert fitting_build(EngineBuild(version="1"), cache, "2.41") is None
+    assert fitting_build(EngineBuild(cpu_baseline="x86-64-v2"), cache, "2.41") is None
+    assert fitting_build(EngineBuild(), cache, "2.41") is not None
+
+
+def test_a_build_of_this_machine_is_named_as_before_hosts_could_build() -> None:
+    # As make lab put it into caches; another key would compile it again everywhere.
+    assert "glibc" not in EngineBuild().identity()
+    assert EngineBuild().key() != EngineBuild(glibc="2.34").key()

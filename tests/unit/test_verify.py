@@ -119,6 +119,22 @@ def test_an_engine_that_runs_something_else_fails(path: str, served: str) -> Non
     assert (check.ok, check.code) == (False, "wrong_model")
 
 
+@pytest.mark.parametrize(
+    ("root", "ok"),
+    [
+        ("/var/lib/fleetfit/models/m/BF16", True),
+        ("/var/lib/fleetfit/models/m/AWQ", False),
+        ("/opt/fleetfit/vllm/releases/0/model", True),  # a release from before the directory was named
+    ],
+)
+def test_vllms_api_names_the_variant_by_its_models_directory(root: str, ok: bool) -> None:
+    deployment = {"engine": "vllm", "variant": "BF16", "served_model_name": "m", "settings": {}}
+    identity = engine_identity(None, {"data": [{"id": "m", "root": root}]})
+    check = check_identity("vllm", identity, deployment)
+    assert check.ok is ok
+    assert root.rpartition("/")[2] in check.message
+
+
 def test_addresses_are_read_from_the_kernels_tables() -> None:
     v4 = "head\n 0: 0100007F:0BB8 00000000:0000 0A 0\n 1: 00000000:0016 00000000:0000 0A 0\n"
     v6 = f"head\n 0: {'0' * 24}01000000:0BB8 x 0A 0\n 1: {'0' * 32}:0BB8 x 01 0\n"
