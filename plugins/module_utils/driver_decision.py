@@ -159,8 +159,8 @@ def _distribution(work: _Work) -> Optional[Mapping[str, Any]]:
 
 
 def _source(work: _Work, distribution: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
-    """Return the source's entry. ``auto`` stays with what is installed, and prefers signed "
-    "modules under Secure Boot."""
+    """Return the source's entry. ``auto`` stays with what is installed, and prefers signed modules under
+    Secure Boot."""
     entries = {entry["source"]: entry for entry in distribution["sources"]}
     chosen = work.wanted.source
     if chosen == "auto":
@@ -245,8 +245,7 @@ def _source_text(source: Mapping[str, Any]) -> str:
 
 
 def _branch(work: _Work, distribution: Mapping[str, Any], source: Mapping[str, Any]) -> Optional[str]:
-    """Return the branch: asked for, else the installed one (a re-run moves nothing), else the "
-    "data's default."""
+    """Return the branch: asked for, else the installed one (a re-run moves nothing), else the data's default."""
     wanted, installed = work.wanted, work.state["installed"]
     carried = source["branches"]
     branches = {entry["branch"]: entry for entry in work.data["branches"]}
@@ -272,6 +271,8 @@ def _branch(work: _Work, distribution: Mapping[str, Any], source: Mapping[str, A
             "Leave nvidia_driver_branch out, or set nvidia_driver_source: nvidia.",
         )
         return None
+    if wanted.version and carried is not None and not _carries_version(work, distribution, source):
+        return None
     default = work.data["default_branch"]
     if carried is not None and default not in carried:
         default = carried[0]
@@ -294,6 +295,32 @@ def _branch(work: _Work, distribution: Mapping[str, Any], source: Mapping[str, A
                 + ".",
             )
     return branch
+
+
+def _carries_version(work: _Work, distribution: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
+    """Return whether a distribution has the version asked for, refusing it where it has another one.
+
+    What its configured archives offer counts, else what the catalog knows; where neither tells, apt decides.
+    """
+    version, installed = str(work.wanted.version), work.state["installed"]["version"]
+    if installed and same_version(version, installed):
+        return True
+    branch = version.partition(".")[0]
+    offered = [
+        offer["version"]
+        for offer in work.state["candidate"].get("offered", [])
+        if offer["source"] == "distribution" and offer["version"].partition(".")[0] == branch
+    ]
+    known = offered or [source[key] for key in ("version",) if source.get(key)]
+    if not known or any(same_version(version, other) for other in known):
+        return True
+    work.refuse(
+        "version_not_carried",
+        f"{distribution['name']} carries {' and '.join(known)} of branch {branch}, and nvidia_driver_version is "
+        f"{version}.",
+        "Leave nvidia_driver_version out, or set nvidia_driver_source: nvidia.",
+    )
+    return False
 
 
 def _note_end_of_life(work: _Work, entry: Mapping[str, Any]) -> None:
@@ -402,7 +429,8 @@ def _decide_packages(
     packages = package_names(
         entry["names"], branch=branch, flavour=flavour, kernels=[k["release"] for k in kernels]
     )
-    packages += _fabric_manager(work, source, branch)
+    fabric_packages = _fabric_manager(work, source, branch)
+    packages += fabric_packages
     packages += _cuda_toolkit(work, source, branch)
     dkms = entry["modules"] == "dkms"
 
@@ -414,13 +442,23 @@ def _decide_packages(
     if change is None and fabric_wanted and fabric != installed["version"]:
         change, why = "install", f"Fabric Manager is {fabric or 'missing'}, the driver {installed['version']}"
     unbuilt = _unbuilt_kernels(work, kernels, dkms=dkms, installing=change is not None)
+    unsigned = [] if dkms or change is not None else _kernels_without_signed_module(work, kernels)
+    if unsigned:
+        change, why = "install", f"the newest kernel {unsigned[0]} has no signed module of the driver"
+        packages += [
+            name.format(branch=branch, open="-open" if flavour == "open" else "", kernel=release)
+            for name in entry["kernel_names"]
+            for release in unsigned
+        ]
     headless = [kernel["release"] for kernel in kernels if dkms and not kernel["headers"]]
     if change is None and (unbuilt or headless):
         why = "the driver is installed, its module is not built for every kernel"
 
     changes = change is not None or unbuilt or headless
     if changes:
-        _refuse_unsafe_host(work)
+        _refuse_half_installed(work)
+    if changes or state["nouveau"]["in_initramfs"]:
+        _refuse_full_boot(work)
     if change is not None:
         _refuse_unverified_repository(work, repository)
     _refuse_passphrase_reboot(work)
@@ -455,9 +493,20 @@ def _decide_packages(
     if state["nouveau"]["in_initramfs"] or not state["nouveau"]["blacklisted"]:
         work.act("blacklist_nouveau", "nouveau would take the card at boot", ["nouveau"])
     if not state["persistenced"]["active"] and state["gpus"]:
-        work.act(
-            "persistenced", "without it the driver initializes anew for each program", ["nvidia-persistenced"]
-        )
+        if state["persistenced"]["installed"] or change is not None:
+            work.act(
+                "persistenced",
+                "without it the driver initializes anew for each program",
+                ["nvidia-persistenced"],
+            )
+        else:
+            work.problem(
+                "persistenced_missing",
+                "The driver's packages on this host have no nvidia-persistenced: the driver initializes anew "
+                "for each program.",
+                "Install the package that has it (Ubuntu: nvidia-compute-utils-<branch>; elsewhere "
+                "nvidia-persistenced).",
+            )
     if not state["uvm_loaded"] and state["gpus"]:
         work.act("load_uvm", "hardened services may not load it", ["nvidia-uvm"])
     if fabric_wanted and not state["fabricmanager"]["active"]:
@@ -483,6 +532,12 @@ def _decide_packages(
         branch=branch,
         flavour=flavour,
         packages=packages,
+        specs=_specs(
+            packages,
+            distribution["family"],
+            # A driver that stays is not followed by the newest Fabric Manager, but by its own.
+            dict.fromkeys(fabric_packages, installed["version"]) if change == "install" else {},
+        ),
         remove=remove if change is not None else [],
         hold=hold if change is None else packages,
         unhold=unhold,
@@ -490,7 +545,13 @@ def _decide_packages(
         lock={
             "kind": source.get("lock"),
             "stream": source.get("module_stream", {}).get(flavour, "").format(branch=branch) or None,
+            "pattern": wanted.version or branch,
+            "packages": distribution.get("lock_packages", []),
+            "entries": driver_files.versionlock_entries(installed["packages"])
+            if distribution["family"] == "redhat"
+            else [],
         },
+        modules_load=_modules_load(state, fabric_wanted=fabric_wanted),
         family=distribution["family"],
         modules=entry["modules"],
         kernels=[kernel["release"] for kernel in kernels],
@@ -522,6 +583,14 @@ def package_names(names: Sequence[str], *, branch: str, flavour: str, kernels: S
             for kernel_flavour in flavours
         )
     )
+
+
+def _specs(packages: Sequence[str], family: str, versions: Mapping[str, Optional[str]]) -> list[str]:
+    """Return the packages as apt or dnf takes them, with the version of those that must have one."""
+    form = "{name}={version}*" if family == "debian" else "{name}-{version}"
+    return [
+        form.format(name=name, version=versions[name]) if versions.get(name) else name for name in packages
+    ]
 
 
 def _names_of_other_flavours(source: Mapping[str, Any], flavour: str) -> set[str]:
@@ -567,6 +636,18 @@ def _unbuilt_kernels(
     return [kernel["release"] for kernel in kernels if kernel["dkms"] != "installed"]
 
 
+def _kernels_without_signed_module(work: _Work, kernels: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the newest kernel where it came after the driver: the metapackage that would have followed is held.
+
+    The running one's lack is a reason to reboot: its own module may be in the archive no more.
+    """
+    return [
+        kernel["release"]
+        for kernel in kernels
+        if kernel.get("newest") and not kernel.get("module_version") and work.state["installed"]["packages"]
+    ]
+
+
 def _fabric_manager(work: _Work, source: Mapping[str, Any], branch: str) -> list[str]:
     if work.wanted.fabric_manager != "auto" or work.state["nvswitch_count"] == 0:
         return []
@@ -581,6 +662,16 @@ def _fabric_manager(work: _Work, source: Mapping[str, Any], branch: str) -> list
         )
         return []
     return [str(name).format(branch=branch)]
+
+
+def _modules_load(state: Mapping[str, Any], *, fabric_wanted: bool) -> list[str]:
+    """Return the kernel modules to load at boot.
+
+    With NVLink 5 (Blackwell) Fabric Manager needs ib_umad before it starts: it reaches the switches over InfiniBand
+    management datagrams (Fabric Manager user guide; issues of canvos and NVSentinel).
+    """
+    blackwell = any(gpu.get("generation") == "blackwell" for gpu in state["gpus"])
+    return ["nvidia-uvm", *(["ib_umad"] if fabric_wanted and blackwell else [])]
 
 
 def _cuda_toolkit(work: _Work, source: Mapping[str, Any], branch: str) -> list[str]:
@@ -620,7 +711,7 @@ def _change(
     return None, "what is wanted is installed"
 
 
-def _refuse_unsafe_host(work: _Work) -> None:
+def _refuse_half_installed(work: _Work) -> None:
     audit = work.state["dpkg_audit"]
     if audit:
         work.refuse(
@@ -628,6 +719,9 @@ def _refuse_unsafe_host(work: _Work) -> None:
             f"Packages on this host are half installed: {'; '.join(line.strip() for line in audit[:2])}",
             "Run `dpkg --configure -a` and `apt-get -f install` until `dpkg --audit` is silent.",
         )
+
+
+def _refuse_full_boot(work: _Work) -> None:
     free, least = work.state["boot_free_bytes"], work.data["boot_free_min_bytes"]
     if free is not None and free < least:
         work.refuse(
@@ -780,8 +874,7 @@ def _repository_url(work: _Work, repository: Mapping[str, Any]) -> str:
 
 
 def _repository(work: _Work, repository: Optional[Mapping[str, Any]]) -> Optional[dict[str, Any]]:
-    """Return the repository with the variables' mirrors in it; a mirror serves the key beside "
-    "its packages."""
+    """Return the repository with the variables' mirrors in it; a mirror serves the key beside its packages."""
     if repository is None:
         return None
     wanted = work.wanted
@@ -814,8 +907,7 @@ def _repository(work: _Work, repository: Optional[Mapping[str, Any]]) -> Optiona
 def pins(
     decision: Mapping[str, Any], data: Mapping[str, Any], version: Optional[str]
 ) -> list[dict[str, Any]]:
-    """Return apt's pins: driver packages of the branch (or exact version) before all others, "
-    "other ones never."""
+    """Return apt's pins: driver packages of the branch (or exact version) before all others, other ones never."""
     if decision["family"] != "debian" or decision["source"] != "nvidia":
         return []
     names = data["driver_packages"]
@@ -868,11 +960,13 @@ def _decision(work: _Work, state: str, *, summary: str = "", **parts: Any) -> di
         "branch": None,
         "flavour": None,
         "packages": [],
+        "specs": [],
         "remove": [],
         "hold": [],
         "unhold": [],
         "repository": None,
-        "lock": {"kind": None, "stream": None},
+        "lock": {"kind": None, "stream": None, "pattern": None, "packages": [], "entries": []},
+        "modules_load": [],
         "family": None,
         "modules": None,
         "kernels": [],

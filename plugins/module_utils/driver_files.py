@@ -59,14 +59,25 @@ def render(decision: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[st
         add("repository", DNF_REPOSITORY, _dnf_repository(repository))
         if decision["lock"]["kind"] == "module_stream":
             add("repository", DNF_MODULE, _dnf_module(decision["lock"]["stream"]))
-        if decision["lock"]["kind"] == "versionlock":
-            # NVIDIA's guide, version locking: dnf versionlock \*nvidia\*580\*
-            add("repository", DNF_VERSIONLOCK, [f"*nvidia*{decision['branch']}*"], block="EOF")
+        # NVIDIA's guide, version locking: dnf versionlock \*nvidia\*580\*. It stands while packages change; after
+        # that the same block names each package with its version (versionlock_entries).
+        add("repository", DNF_VERSIONLOCK, [f"*nvidia*{decision['lock']['pattern']}*"], block="EOF")
         patterns = " ".join(data["driver_packages"]["patterns"])
         add("exclusion", DNF_AUTOMATIC, [f"excludepkgs = {patterns}"], block=r"^\[base\]")
     add("module", MODPROBE, ["blacklist nouveau", "options nouveau modeset=0"])
-    add("module", MODULES_LOAD, ["nvidia-uvm"])
+    add("module", MODULES_LOAD, decision["modules_load"])
     return files
+
+
+def versionlock_entries(packages: Mapping[str, str]) -> list[str]:
+    """Return what holds each package (name to epoch:version-release) at its version in dnf's versionlock.list.
+
+    The form is the one that `dnf versionlock add` writes, name-epoch:version-release.*, with 0 for no epoch.
+    """
+    return [
+        f"{name}-{version if ':' in version else f'0:{version}'}.*"
+        for name, version in sorted(packages.items())
+    ]
 
 
 def _apt_sources(repository: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from fleetfit.lab.vm import VirtualMachine
 
 from .conftest import BIN, REPO, Played
 
+STOPPED = "/var/lib/llama-server-stopped"
 PLAY_TIMEOUT_S = 3600  # every task starts a Python under emulation
 
 
@@ -58,6 +59,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualMachine
     """Yield a machine with the driver's packages, nouveau loaded and an engine running."""
     paths = LabPaths(tmp_path_factory.mktemp("vm"))
     with VirtualMachine("driver", paths, recipe="bookworm-nvidia", memory_mib=2048) as guest:
+        # Tells what systemd was about when the engine was stopped.
+        told = f"[Service]\nExecStop=/bin/sh -c 'systemctl is-system-running > {STOPPED}'\n"
+        guest.put("/etc/systemd/system/llama-server.service.d/told.conf", told)
+        guest.run("systemctl", "daemon-reload")
         guest.run("systemctl", "start", "llama-server.service")
         yield guest
 
@@ -81,6 +86,8 @@ def test_with_leave_it_reboots_and_what_ran_runs_again(machine: VirtualMachine) 
     played = play(machine, "if_needed")
     assert played.returncode == 0, played.output[-3000:]
     assert machine.boot_id() != boot
+    # It was stopped by the role, before the reboot and not by it: systemd would say "stopping" then.
+    assert machine.run("cat", STOPPED).strip() in ("running", "degraded")
     assert machine.run("systemctl", "is-active", "llama-server").strip() == "active"
 
 

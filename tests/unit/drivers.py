@@ -23,6 +23,7 @@ CARDS: dict[str, tuple[str, str, str | None, str | None, int]] = {
     "4090": ("10de:2684", "GeForce RTX 4090", "8.9", "ada", 0),
     "h100": ("10de:2330", "H100", "9.0", "hopper", 0),
     "gh200": ("10de:2342", "GH200", "9.0", "hopper", 0),
+    "hgx-b200": ("10de:2901", "B200", "10.0", "blackwell", 2),
     "b200": ("10de:2901", "B200", "10.0", "blackwell", 0),
     "5090": ("10de:2b85", "GeForce RTX 5090", "12.0", "blackwell", 0),
     "k80": ("10de:102d", "Tesla K80", "3.7", "kepler", 0),
@@ -63,6 +64,7 @@ def kernel(release: str = KERNEL, *, dkms: str | None = None, newest: bool = Tru
         "headers": True,
         "dkms": dkms,
         "dkms_error": None,
+        "module_version": None,
     }
 
 
@@ -121,7 +123,7 @@ def install(state: dict[str, Any], source: str, version: str, flavour: str) -> N
     }
     state["loaded"] = {"version": version, "flavour": flavour}
     for item in state["kernels"]:
-        item["dkms"] = "installed"
+        item.update(dkms="installed", module_version=version)
     state["nouveau"] = {"loaded": False, "blacklisted": True, "in_initramfs": False}
     state["persistenced"] = {"installed": True, "active": True}
     if state["nvswitch_count"]:
@@ -149,17 +151,23 @@ def apply_word(state: dict[str, Any], word: str) -> None:
     elif key == "controller":
         state["is_controller"] = True
     elif key == "candidate":
-        state["candidate"] = {"version": value, "source": state["installed"]["source"]}
+        source = state["installed"]["source"] or "distribution"
+        offered = [{"version": value, "source": source}]
+        state["candidate"] = {"version": value, "source": source, "offered": offered}
     elif key == "newkernel":  # a kernel came after the driver: value is its DKMS status
         for item in state["kernels"]:
             item["newest"] = False
         state["kernels"].append(kernel(NEWER_KERNEL, dkms=None if value == "missing" else value))
+        if value == "installed":
+            state["kernels"][-1]["module_version"] = state["installed"]["version"]
         if value == "failed":
             state["kernels"][-1]["dkms_error"] = "nv-mmap.c:42: error: too few arguments"
     elif key == "noheaders":
         state["kernels"][-1]["headers"] = False
     elif key == "libraries-only":
         state["installed"].update(flavour=None)
+    elif key == "persistenced":
+        state["persistenced"] = {"installed": value != "none", "active": False}
     elif key == "fabric":
         state["fabricmanager"] = {"installed_version": None if value == "none" else value, "active": False}
     elif key in ("runfile", "ppa", "cuda_repo"):

@@ -85,7 +85,7 @@ def test_the_table_is_large_and_says_nothing_twice() -> None:
             "ubuntu-22.04",
             "source=nvidia",
             "v100",
-            ["libnvidia-compute-580", "nvidia-utils-580", "nvidia-dkms-580"],
+            ["libnvidia-compute-580", "nvidia-compute-utils-580", "nvidia-utils-580", "nvidia-dkms-580"],
         ),
         ("ubuntu-22.04", "source=nvidia branch=595", "4090", ["libnvidia-compute", "nvidia-dkms-open"]),
         ("rhel-9", "fingerprint", "4090", ["nvidia-driver-cuda", "kmod-nvidia-open-dkms"]),
@@ -111,6 +111,33 @@ def test_modules_of_the_other_flavour_go() -> None:
 
 def test_fabric_manager_is_of_the_branch() -> None:
     assert "nvidia-fabricmanager-580" in of("ubuntu-22.04", cards="hgx-a100")["packages"]
+
+
+def test_fabric_manager_follows_a_driver_that_stays_and_not_the_newest() -> None:
+    """Another version of it than the driver's leaves CUDA with error 802."""
+    host = "distribution:580.95.05:open fabric=580.65.06 candidate=580.105.08"
+    decision = of("ubuntu-22.04", host, cards="hgx-a100")
+    assert decision["specs"][:-1] == decision["packages"][:-1]
+    assert decision["specs"][-1] == "nvidia-fabricmanager-580=580.95.05*"
+    wanted = "fingerprint fabric_manager_package=nvidia-fabric-manager"
+    decision = of("rhel-9", "nvidia:580.95.05:open fabric=none", wanted, cards="hgx-a100")
+    assert decision["specs"][-1] == "nvidia-fabric-manager-580.95.05"
+    fresh = of("ubuntu-22.04", cards="hgx-a100")
+    assert fresh["specs"] == fresh["packages"]
+
+
+def test_blackwells_switches_need_another_module_at_boot() -> None:
+    wanted = "fabric_manager_package=nvidia-fabricmanager"
+    assert of("debian-12", wanted=wanted, cards="hgx-b200")["modules_load"] == ["nvidia-uvm", "ib_umad"]
+    assert of("debian-12", wanted=wanted, cards="hgx-a100")["modules_load"] == ["nvidia-uvm"]
+    assert of("debian-12", cards="b200")["modules_load"] == ["nvidia-uvm"]
+
+
+def test_a_newer_kernel_gets_its_own_signed_module() -> None:
+    """The metapackage that would bring it is held."""
+    decision = of("ubuntu-24.04", "distribution:580.95.05:open newkernel=missing")
+    assert decision["packages"][-1] == f"linux-modules-nvidia-580-server-open-{drivers.NEWER_KERNEL}"
+    assert drivers.NEWER_KERNEL in decision["summary"]
 
 
 def test_headers_are_for_the_running_and_the_newest_kernel() -> None:
@@ -216,6 +243,15 @@ def test_a_new_branch_is_a_change_of_data(tmp_path: Path) -> None:
     assert "version 640.*" in {pin["pin"] for pin in decision["pins"]}
 
 
+def test_dnf_is_locked_on_the_branch_while_packages_change_and_on_each_version_after() -> None:
+    fresh = of("rhel-10", wanted="fingerprint")["lock"]
+    assert (fresh["pattern"], fresh["entries"]) == ("580", [])
+    assert fresh["packages"] == ["python3-dnf-plugin-versionlock"]
+    assert of("rhel-9", wanted="fingerprint version=580.95.05")["lock"]["pattern"] == "580.95.05"
+    held = of("rhel-10", "nvidia:580.95.05:open")["lock"]["entries"]
+    assert held == ["nvidia-driver-cuda-0:580.95.05.*", "nvidia-kernel-open-dkms-0:580.95.05.*"]
+
+
 def test_a_newer_kernel_alone_is_no_reason_to_reboot() -> None:
     state = drivers.state_of("debian-12", "4090", "off", "nvidia:580.95.05:open newkernel=installed")
     state["reboot_reasons"] = [{"code": "kernel_outdated", "message": "a newer kernel is installed"}]
@@ -305,6 +341,11 @@ def applied(state: dict[str, Any], decision: dict[str, Any]) -> dict[str, Any]:
                 "packages": {**installed["packages"], **dict.fromkeys(decision["packages"], version)},
                 "held": [],
             }
+            if decision["modules"] == "signed":
+                # The metapackage brings the newest kernel's.
+                for kernel in after["kernels"]:
+                    if kernel["newest"]:
+                        kernel["module_version"] = version
             if after["nvswitch_count"] and any("fabric" in name for name in decision["packages"]):
                 after["fabricmanager"]["installed_version"] = version
         elif action == "remove_packages":

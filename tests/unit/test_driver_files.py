@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible_collections.fleetfit.llm.plugins.module_utils import driver_files
 from ansible_collections.fleetfit.llm.plugins.module_utils.driver_decision import decide
+from ansible_collections.fleetfit.llm.plugins.module_utils.driver_packages import rpm_packages
 
 from . import drivers
 
+REPO = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden/drivers"
 # Name of the golden file: system, settings, and whether a real host of that distribution ran it in our tests.
 CASES = {
@@ -51,6 +54,7 @@ def text_of(name: str) -> str:
         "# run in the Molecule scenario nvidia_driver" if ran else "# rendered, not run",
         f"packages: {' '.join(decision['packages'])}",
         f"headers: {' '.join(decision['headers']) or 'none'}",
+        *([f"locks need: {' '.join(decision['lock']['packages'])}"] if decision["lock"]["packages"] else []),
         f"key: {repository['fingerprint'] or 'the system has it'} in {repository['signed_by']}"
         if repository
         else "key: the system has it",
@@ -133,7 +137,29 @@ def test_dnfs_files_are_what_dnf_reads() -> None:
     module.read_string(files[driver_files.DNF_MODULE])
     assert module["nvidia-driver"]["stream"] == "580-open"
     assert driver_files.DNF_MODULE not in paths("rhel-10-nvidia")
-    assert paths("rhel-10-nvidia")[driver_files.DNF_VERSIONLOCK] == "*nvidia*580*\n"
+    for name in ("rhel-9-nvidia", "rhel-10-nvidia"):
+        assert paths(name)[driver_files.DNF_VERSIONLOCK] == "*nvidia*580*\n"
+
+
+def test_what_is_locked_for_dnf_is_seen_as_held() -> None:
+    """What the role writes into versionlock.list is what the facts read there, with an epoch and without one."""
+    packages = {"nvidia-driver-cuda": "3:580.95.05-1.el10", "kmod-nvidia-open-dkms": "580.95.05-1.el10"}
+    lock = "\n".join(["# BEGIN", *driver_files.versionlock_entries(packages)])
+    listed = "".join(f"{name}\t{version}\tx86_64\tNVIDIA\n" for name, version in packages.items())
+    assert {name for name, package in rpm_packages(listed, lock).items() if package.held} == set(packages)
+    newer = listed.replace("580.95.05", "580.105.08")
+    assert not any(package.held for package in rpm_packages(newer, lock).values())
+
+
+def test_uninstall_takes_back_every_file_of_ours_and_every_block() -> None:
+    variables = yaml.safe_load((REPO / "roles/nvidia_driver/vars/main.yml").read_text())
+    own, blocks = set(), set()
+    for name in CASES:
+        for item in decision_of(name)["files"]:
+            (blocks if item["block"] else own).add(item["path"])
+    own |= {driver_files.key_path(kind) for kind in ("apt", "dnf")}
+    assert set(variables["__nvidia_driver_own_files"]) == own
+    assert set(variables["__nvidia_driver_blocks"]) == blocks
 
 
 def test_files_of_others_get_a_block_and_no_header() -> None:

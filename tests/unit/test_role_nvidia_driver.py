@@ -37,3 +37,26 @@ def test_the_reboot_happens_in_one_place_and_only_where_it_was_decided() -> None
     (include,) = [task for name, task in places if name == "service"]
     assert "'reboot' in __nvidia_driver_decision.actions | map(attribute='action')" in include["when"]
     assert "not ansible_check_mode" in include["when"]
+
+
+def test_services_come_with_a_reboot_that_this_run_makes() -> None:
+    """Before it there is no driver to start them with: enabled is enough, and must not wait for a second run."""
+    for service in ("nvidia-fabricmanager", "nvidia-persistenced"):
+        (task,) = [
+            task
+            for task in tasks("service")
+            if task.get("ansible.builtin.systemd_service", {}).get("name") == f"{service}.service"
+        ]
+        assert task["ansible.builtin.systemd_service"]["enabled"] is True
+        assert "omit" in task["ansible.builtin.systemd_service"]["state"]
+        assert not any("decision.state ==" in condition for condition in task["when"])
+
+
+def test_a_package_manager_gets_versions_where_they_matter() -> None:
+    """`packages` are names; what must have the driver's version has it in `specs`."""
+    for name, module in (("install_package", "ansible.builtin.apt"), ("install_dnf", "ansible.builtin.dnf")):
+        (task,) = [task for task in tasks(name) if task["name"].endswith("Have the driver's packages")]
+        assert task[module]["name"] == "{{ __nvidia_driver_decision.specs }}"
+        assert task[module]["allow_downgrade"] == "{{ __nvidia_driver_moves }}"
+        # On a bare host under --check the repository is not there yet.
+        assert all("not ansible_check_mode" in task["when"] for task in tasks(name))
