@@ -250,6 +250,7 @@ def _branch(work: _Work, distribution: Mapping[str, Any], source: Mapping[str, A
     carried = source["branches"]
     branches = {entry["branch"]: entry for entry in work.data["branches"]}
     asked = wanted.branch or (wanted.version.partition(".")[0] if wanted.version else None)
+    setting = "nvidia_driver_branch" if wanted.branch else "nvidia_driver_version"
     if wanted.branch and wanted.version and wanted.version.partition(".")[0] != wanted.branch:
         work.refuse(
             "version_not_of_branch",
@@ -260,15 +261,15 @@ def _branch(work: _Work, distribution: Mapping[str, Any], source: Mapping[str, A
     if asked and asked not in branches:
         work.refuse(
             "unknown_branch",
-            f"The driver branch {asked} is not in fleetfit's catalog.",
+            f"{setting} asks for the driver branch {asked}, which is not in fleetfit's catalog.",
             f"Known are {', '.join(sorted(branches))}; a new branch is an entry in catalog/drivers.yml.",
         )
         return None
     if asked and carried is not None and asked not in carried:
         work.refuse(
             "branch_not_carried",
-            f"{distribution['name']} carries branch {' and '.join(carried)}, not {asked}.",
-            "Leave nvidia_driver_branch out, or set nvidia_driver_source: nvidia.",
+            f"{setting} asks for branch {asked}, and {distribution['name']} carries {' and '.join(carried)}.",
+            f"Leave {setting} out, or set nvidia_driver_source: nvidia.",
         )
         return None
     if wanted.version and carried is not None and not _carries_version(work, distribution, source):
@@ -398,7 +399,8 @@ def _flavour(
             "flavour_not_available",
             f"{distribution['name']} has no {asked} kernel modules of branch {branch} from "
             f"{_source_text(source)}" + (f" ({because})." if because else "."),
-            f"Take another source or branch; there are {' and '.join(sorted(offered))} ones here.",
+            f"Set {'' if required else 'nvidia_driver_flavour: auto, or '}another nvidia_driver_source or "
+            f"nvidia_driver_branch; there are {' and '.join(sorted(offered))} ones here.",
         )
         return None
     if asked:
@@ -922,9 +924,49 @@ def pins(
     ]
 
 
-def report(decision: Mapping[str, Any]) -> list[str]:
-    """Return the decision in lines for people: what is to be done and why, what is wrong, what a reboot is for."""
-    lines = [decision["summary"]] if not decision["refusals"] else []
+def what_is_there(state: Mapping[str, Any]) -> str:
+    """Return the host's cards, driver, kernels and Secure Boot in one line for people."""
+    cards = ", ".join(gpu["name"] or gpu["pci_device_id"] for gpu in state["gpus"]) or "no NVIDIA GPU"
+    installed, loaded = state["installed"], state["loaded"]
+    if installed["version"]:
+        held = (
+            "held"
+            if installed["packages"] and not set(installed["packages"]) - set(installed["held"])
+            else "not held"
+        )
+        driver = (
+            f"driver {installed['version']} ({installed['flavour'] or 'no'} modules, from "
+            f"{_SOURCE_TEXTS.get(installed['source'], installed['source'])}, {held})"
+        )
+    else:
+        driver = "no driver installed"
+    kernels = ", ".join(
+        f"kernel {kernel['release']} ("
+        + ", ".join(
+            [
+                *(word for word in ("running", "newest") if kernel.get(word)),
+                f"module {kernel['module_version']}" if kernel.get("module_version") else "no module",
+            ]
+        )
+        + ")"
+        for kernel in state["kernels"]
+    )
+    parts = [
+        cards,
+        driver,
+        f"module {loaded['version']} loaded" if loaded["version"] else "no module loaded",
+        *([kernels] if kernels else []),
+        f"Secure Boot {state['secure_boot']}",
+        *(["nouveau loaded"] if state["nouveau"]["loaded"] else []),
+    ]
+    return f"there is: {'; '.join(parts)}"
+
+
+def report(decision: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Return the decision in lines for people: what is there, what is to be done and why, what is wrong."""
+    # With nvidia_driver_source: none nobody has looked.
+    lines = [what_is_there(state)] if "gpus" in state else []
+    lines += [decision["summary"]] if not decision["refusals"] else []
     lines += [f"refused: {item['message']} {item['remedy']}" for item in decision["refusals"]]
     lines += [
         f"{item['action']}: {' '.join(item['items'])} ({item['reason']})"
@@ -983,11 +1025,11 @@ def _decision(work: _Work, state: str, *, summary: str = "", **parts: Any) -> di
     }
     if refused:
         decision.update({name: parts[name] for name in ("source", "branch", "flavour") if name in parts})
-        decision["report"] = report(decision)
+        decision["report"] = report(decision, work.state)
         return decision
     decision.update(parts)
     decision["solves"] = solves(decision)
-    decision["report"] = report(decision)
+    decision["report"] = report(decision, work.state)
     if decision["family"]:
         decision["pins"] = pins(decision, work.data, work.wanted.version)
         decision["files"] = driver_files.render(decision, work.data)

@@ -50,6 +50,47 @@ def test_table(row: list[str]) -> None:
     assert in_words(of(system, host, wanted, cards=cards, boot=boot)) == expected
 
 
+def test_the_report_tells_what_is_there_what_would_change_and_why() -> None:
+    lines = of("debian-12", "nvidia:580.95.05:open newkernel=missing", "version=580.105.08")["report"]
+    assert lines[0].split("; ") == [
+        "there is: GeForce RTX 4090",
+        "driver 580.95.05 (open modules, from NVIDIA's repository, held)",
+        "module 580.95.05 loaded",
+        f"kernel {drivers.KERNEL} (running, module 580.95.05), kernel {drivers.NEWER_KERNEL} (newest, no module)",
+        "Secure Boot disabled",
+    ]
+    assert (
+        lines[1] == "Branch 580 with open modules: version 580.105.08 is wanted and 580.95.05 is installed."
+    )
+    [install] = [line for line in lines if line.startswith("install_packages: ")]
+    assert install.endswith("(version 580.105.08 is wanted and 580.95.05 is installed)")
+    assert lines[-1] == "no reboot by this run: nvidia_driver_reboot is never"
+    bare = of("debian-12", "runfile")["report"]
+    assert bare[0].startswith("there is: GeForce RTX 4090; no driver installed; no module loaded; ")
+    assert [line.partition(":")[0] for line in bare[1:]] == ["refused"]
+    assert of("debian-12", wanted="source=none")["report"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value"),
+    [
+        ("branch=999", "nvidia_driver_branch asks for the driver branch 999"),
+        ("version=999.1", "nvidia_driver_version asks for the driver branch 999"),
+        ("source=distribution branch=580", "nvidia_driver_branch asks for branch 580"),
+        ("source=distribution version=580.95.05", "nvidia_driver_version asks for branch 580"),
+        ("branch=580 version=595.45.04", "nvidia_driver_version 595.45.04"),
+        ("source=distribution flavour=open", "open kernel modules of branch 535"),
+        ("key_fingerprint=8793F200", "nvidia_driver_key_fingerprint '8793F200'"),
+        ("flavour=open", "nvidia_driver_flavour says open"),
+    ],
+)
+def test_a_refusal_names_value_origin_and_remedy(wanted: str, value: str) -> None:
+    cards = "v100" if wanted == "flavour=open" else "4090"
+    [refusal] = of("debian-12", wanted=wanted, cards=cards)["refusals"]
+    assert value in refusal["message"]
+    assert refusal["remedy"].endswith(".")
+
+
 def test_the_table_is_large_and_says_nothing_twice() -> None:
     questions = [tuple(row[:5]) for row in rows()]
     assert len(questions) >= 150
