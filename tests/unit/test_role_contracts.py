@@ -29,9 +29,9 @@ KEYWORDS = {
         "any_errors_fatal",
     ),
 }
-# What may differ between check mode and a run: files that look at a service which is not there yet, and the
-# one whose module cannot look where its own dependency is missing.
-CHECK_MODE_FILES = {"service.yml", "verify.yml", "install_package.yml"}
+# What may differ between check mode and a run: files that look at a service which is not there yet, and those
+# whose module fails where its own dependency or the packages' repository is not there yet.
+CHECK_MODE_FILES = {"service.yml", "verify.yml", "install_package.yml", "install_dnf.yml"}
 
 
 def load(path: Path) -> Any:
