@@ -454,7 +454,8 @@ def _decide_packages(
         ]
     headless = [kernel["release"] for kernel in kernels if dkms and not kernel["headers"]]
     if change is None and (unbuilt or headless):
-        why = "the driver is installed, its module is not built for every kernel"
+        lacking = ", ".join(dict.fromkeys([*unbuilt, *headless]))
+        why = f"the driver is installed, and its module or the headers for it are missing for the kernel {lacking}"
 
     changes = change is not None or unbuilt or headless
     if changes:

@@ -195,6 +195,14 @@ def test_an_old_kernel_that_is_neither_running_nor_newest_needs_no_module() -> N
     assert decide(drivers.wanted_of("-"), state, drivers.DATA)["state"] == "ok"
 
 
+def test_a_kernel_without_a_module_is_named() -> None:
+    """What the role's last look says where a module was not built and DKMS left no log."""
+    decision = of("debian-12", "nvidia:580.95.05:open newkernel=missing")
+    assert decision["state"] == "install"
+    assert drivers.NEWER_KERNEL in decision["summary"]
+    assert drivers.KERNEL not in decision["summary"]
+
+
 def test_a_failed_build_names_the_kernel_and_the_logs_line() -> None:
     [refusal] = of("debian-12", "nvidia:580.95.05:open newkernel=failed")["refusals"]
     assert drivers.NEWER_KERNEL in refusal["message"]
