@@ -40,6 +40,7 @@ class Driver:
                     "nvidia_driver_require_gpu": False,
                     "nvidia_driver_kernels": list(kernels),
                 },
+                "pre_tasks": [{"name": "Read the host's state", "fleetfit.llm.host_state": None}],
                 "roles": ["fleetfit.llm.host_baseline", "fleetfit.llm.nvidia_driver"],
             }
         ]

@@ -30,6 +30,9 @@ def facts(machine: Host) -> dict[str, Any]:
         text=True,
         timeout=120,
         check=True,
+        # Molecule asks for colours, which are no JSON.
+        env={name: value for name, value in os.environ.items() if name != "ANSIBLE_FORCE_COLOR"}
+        | {"ANSIBLE_NOCOLOR": "1"},
     )
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.find("{") :])["ansible_facts"][
         "fleetfit_drivers"
