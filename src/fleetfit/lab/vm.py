@@ -28,7 +28,7 @@ from .ssh import host_key, ssh_argv, user_key, wait_for_host, write_config
 from .state import HostRecord, LabState
 from .vm_disk import ensure_disk
 
-# On two busy cores a boot took up to 90 s; at a low priority beside 15 busy processes (28 Nov 2026) 400 s did not do.
+# On two busy cores a boot took up to 90 s; beside 15 busy processes (28 Nov 2026) more than 400 s.
 BOOT_TIMEOUT_S = 1200
 SHUTDOWN_TIMEOUT_S = 120
 # Where a guest of QEMU's user network finds the machine that it runs on.
