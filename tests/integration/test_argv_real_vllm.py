@@ -190,7 +190,7 @@ def ask_vllm(models: dict[str, Any], lines: list[list[Any]]) -> dict[str, Any]:
         shell = "exec /opt/fleetfit/vllm/envs/*/bin/python -P /check.py"
         argv = podman(machine, "run", *options, image, "sh", "-c", shell)
     done = subprocess.run(
-        ["nice", *argv], input=text, capture_output=True, text=True, timeout=900, check=False
+        ["nice", *argv], input=text, capture_output=True, text=True, timeout=3600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

