@@ -80,6 +80,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     sections: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    # What was there when the run began; a checkout can change under a run.
+    versions: str = ""
 
     def add(self, what: str, required: str, measured: str, verdict: str | bool) -> None:
         """Add a row; a true or false verdict is pass or fail."""
@@ -589,7 +591,7 @@ def page(report: Report, options: Options) -> str:
         "# How good the sizing is: results",
         "",
         f"Written by `python -m benchmarks.sizing{' --quick' if options.quick else ''}` on "
-        f"{datetime.now(UTC):%d %B %Y}{quick}: {machine()}; {versions()}. No GPU in this machine: devices are "
+        f"{datetime.now(UTC):%d %B %Y}{quick}: {machine()}; {report.versions}. No GPU in this machine: devices are "
         "llama.cpp's RPC servers on loopback, models are header-true files without weights. What each term means: "
         "[sizing.md](sizing.md).",
         "",
@@ -617,7 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown or args.workers < 1:
         parser.error(f"there is no part {unknown[0]!r}" if unknown else "--workers must be at least 1")
     options = Options(args.quick, args.workers)
-    report = Report()
+    report = Report(versions=versions())
     for name in wanted:
         print(f"{name} …", file=sys.stderr, flush=True)
         started = time.monotonic()

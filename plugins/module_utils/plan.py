@@ -26,6 +26,8 @@ from .speed import LLAMA_CPP_CPU, LLAMA_CPP_GPU, vllm_efficiency
 from .units import format_gib
 
 SCHEMA_VERSION = 1
+# A choice with layers in RAM that another variant beats by this factor says so.
+MUCH_FASTER = 1.5
 
 
 def previous_of(plan: Optional[Mapping[str, Any]]) -> Optional[dict[str, Any]]:
@@ -264,9 +266,27 @@ def reason_of(
             hurdles.append(f"{item.variant.name} is out, {item.rejected.reason}")
         elif chosen.resident and not item.resident:
             hurdles.append(f"{item.variant.name} would leave layers in RAM")
+    if gpus and not chosen.resident:
+        hurdles += _faster_than(chosen, candidates)
     if not hurdles:
         return f"{first}."
     return f"{first}; {'; '.join(dict.fromkeys(hurdles))}."
+
+
+def _faster_than(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+    """Return what would be much faster than a choice that has layers in RAM, and how to ask for it."""
+    speed = chosen.expected_tokens_per_s
+    fitting = [item for item in candidates if item.fits and item.expected_tokens_per_s]
+    if not speed or not fitting:
+        return []
+    fastest = max(fitting, key=lambda item: item.expected_tokens_per_s or 0.0)
+    factor = (fastest.expected_tokens_per_s or 0.0) / speed
+    if factor < MUCH_FASTER:
+        return []
+    return [
+        f"about {speed:.1f} tokens/s, {fastest.variant.name} would be {factor:.1f} times as fast "
+        "(fleetfit_min_tokens_per_s, fleetfit_prefer)"
+    ]
 
 
 def _place(chosen: Candidate) -> str:

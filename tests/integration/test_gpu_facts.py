@@ -265,6 +265,22 @@ def test_a_driver_that_does_not_tell_what_it_reserves(
     assert device.budget == (24564 - 484 - foreign_mib) * MIB
 
 
+def test_wsl_has_the_library_where_the_loader_does_not_look(
+    host: SimulatedHost, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows puts it under /usr/lib/wsl/lib, holds memory there, and no process of it is listed."""
+    monkeypatch.setattr(
+        "ansible_collections.fleetfit.llm.plugins.module_utils.nvml._SONAME", "libabsent.so.1"
+    )
+    monkeypatch.setattr(
+        "ansible_collections.fleetfit.llm.plugins.module_utils.nvml._WSL_LIBRARY", str(library)
+    )
+    host.use("foreign-hidden")
+    facts = host.gather(library_path=None)
+    assert [problem.code for problem in facts.problems] == []
+    assert facts.foreign_bytes == {CARD: 1536 * MIB}
+
+
 def test_planning_sees_the_same_beside_the_running_engine(host: SimulatedHost) -> None:
     host.use("2x-rtx-4090")
     before = host.facts()

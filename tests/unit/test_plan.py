@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.engine_args import (
     vllm_args,
 )
 from ansible_collections.fleetfit.llm.plugins.module_utils.errors import FleetfitError
-from ansible_collections.fleetfit.llm.plugins.module_utils.plan import plan_host, previous_of
+from ansible_collections.fleetfit.llm.plugins.module_utils.plan import make_plan, plan_host, previous_of
 from ansible_collections.fleetfit.llm.plugins.module_utils.policy import policy_from_variables
 from ansible_collections.fleetfit.llm.plugins.module_utils.selection import evaluate
 from ansible_collections.fleetfit.llm.plugins.module_utils.units import GIB, MIB
@@ -92,6 +93,17 @@ def test_the_reason_names_the_choice_and_the_hurdle_of_the_better_ones() -> None
     reason = plan(facts(SMALL))["reason"]
     assert reason.startswith("Q4_K_M with llama_cpp on RTX 3060 8GB: the best quality")
     assert "Q8_0 would leave layers in RAM" in reason
+
+
+def test_the_reason_of_a_slow_choice_says_what_would_be_faster() -> None:
+    """Quality comes before speed, also among what has layers in RAM: that it costs speed is not kept quiet."""
+    host = facts(cards("RTX 3060 12GB"))
+    slow = make_plan(request("qwen2.5-14b-instruct", host), host, catalog_digest="")
+    assert slow["deployments"][0]["variant"] == "Q8_0"
+    assert "with layers in RAM" in slow["reason"]
+    assert re.search(r"about \d\.\d tokens/s, Q4_K_M would be \d\.\d times as fast", slow["reason"])
+    resident = make_plan(request("qwen2.5-7b-instruct", host), host, catalog_digest="")
+    assert "times as fast" not in resident["reason"]
 
 
 def test_the_reason_says_why_a_gpu_stays_unused() -> None:
