@@ -2,13 +2,15 @@
 
     .venv/bin/python -m benchmarks.sizing [--quick] [--rows NAME,NAME] [--workers N] [--out docs/sizing_results.md]
 
-``--quick`` takes a sample of the models, cases and hosts. llama.cpp comes from the lab's cache or from
-FLEETFIT_LLAMA_CPP_BIN. Exit code 1 where a row does not pass, or could not be run.
+``--quick`` takes a sample of the models, cases and hosts. ``--parts DIRECTORY`` keeps each part's result there, and
+takes those of the same commit and versions from there, so that a broken run goes on. llama.cpp comes from the
+lab's cache or from FLEETFIT_LLAMA_CPP_BIN. Exit code 1 where a row does not pass, or could not be run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import queue
@@ -24,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -426,39 +428,9 @@ def scale_rows(report: Report, options: Options) -> None:
     )
 
 
-def test_rows(report: Report, options: Options) -> None:
-    """What the tests of `make test` prove, and how long they take."""
-    paths = [f"tests/unit/test_{name}.py" for name in UNIT_TESTS]
-    paths += [f"tests/integration/test_{name}.py" for name in INTEGRATION_TESTS]
-    with tempfile.TemporaryDirectory(prefix="fleetfit-sizing-") as directory:
-        junit = Path(directory) / "junit.xml"
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "not slow",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={junit}",
-                *paths,
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        if not junit.exists():
-            raise OracleMissingError(
-                f"pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"
-            )
-        cases = [_TestCase.of(element) for element in ElementTree.parse(junit).iter("testcase")]  # noqa: S314
-    argv = [case for case in cases if case.file == "test_argv_real_server"]
+def argv_rows(report: Report, options: Options) -> None:
+    """The plan's arguments in the real server."""
+    argv, _ = _run_tests(["tests/integration/test_argv_real_server.py"])
     served = [case for case in argv if case.name.startswith(("test_slots_and_context", "test_yarn"))]
     report.add(
         "the plan's arguments in the real llama-server (tests/integration/test_argv_real_server.py)",
@@ -467,7 +439,11 @@ def test_rows(report: Report, options: Options) -> None:
         f"that is rendered for the catalog, {_count(argv)}",
         bool(served) and any("yarn" in case.name for case in served) and all(case.passed for case in argv),
     )
-    same = [case for case in cases if case.file == "test_plan_bytes"]
+
+
+def bytes_rows(report: Report, options: Options) -> None:
+    """The same bytes on every Python."""
+    same, _ = _run_tests(["tests/integration/test_plan_bytes.py"])
     versions = [case.name.partition("[")[2].rstrip("]") for case in same if case.passed]
     report.add(
         "same inputs (tests/integration/test_plan_bytes.py: 96 hosts, models and preferences, hash seeds drawn)",
@@ -476,6 +452,13 @@ def test_rows(report: Report, options: Options) -> None:
         + (f"; {_count(same)}" if not all(c.passed for c in same) else ""),
         bool(same) and all(case.passed for case in same),
     )
+
+
+def growth_rows(report: Report, options: Options) -> None:
+    """How long sizing's own tests of `make test` take."""
+    paths = [f"tests/unit/test_{name}.py" for name in UNIT_TESTS]
+    paths += [f"tests/integration/test_{name}.py" for name in INTEGRATION_TESTS]
+    cases, seconds = _run_tests(paths)
     wall = sum(case.seconds for case in cases)
     failed = [case for case in cases if not case.passed and not case.skipped]
     report.add(
@@ -491,6 +474,28 @@ def test_rows(report: Report, options: Options) -> None:
     report.sections["Time of sizing's tests in `make test`, by the clock"] = [
         ", ".join(f"{name} {count:.0f} s" for name, count in by_file.most_common() if count >= 1) + "."
     ]
+
+
+def _run_tests(paths: Sequence[str]) -> tuple[list[_TestCase], float]:
+    """Return (the test cases, seconds of processor time) of what `make test` runs of these files."""
+    with tempfile.TemporaryDirectory(prefix="fleetfit-sizing-") as directory:
+        junit = Path(directory) / "junit.xml"
+        options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *paths],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if not junit.exists():
+            raise OracleMissingError(
+                f"pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"
+            )
+        cases = [_TestCase.of(element) for element in ElementTree.parse(junit).iter("testcase")]  # noqa: S314
+    return cases, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @dataclass(frozen=True)
@@ -542,7 +547,9 @@ ROWS: dict[str, Callable[[Report, Options], None]] = {
     "files": file_rows,
     "monotone": monotone_rows,
     "scale": scale_rows,
-    "tests": test_rows,
+    "argv": argv_rows,
+    "bytes": bytes_rows,
+    "growth": growth_rows,
     "gpu": gpu_rows,
 }
 
@@ -604,6 +611,28 @@ def page(report: Report, options: Options) -> str:
     return "\n".join(lines)
 
 
+def run_part(name: str, options: Options, versions_now: str, parts: Path | None) -> Report:
+    """Return the report of one part: kept from before for the same versions, else run and kept."""
+    kept = parts / f"{name}{'-quick' if options.quick else ''}.json" if parts else None
+    if kept is not None and kept.exists():
+        found = json.loads(kept.read_text())
+        if found["versions"] == versions_now:
+            return Report(
+                [Row(**row) for row in found["rows"]], found["sections"], found["seconds"], versions_now
+            )
+    report = Report(versions=versions_now)
+    started = time.monotonic()
+    try:
+        ROWS[name](report, options)
+    except OracleMissingError as missing:
+        report.add(name, "run", str(missing), NOT_RUN)
+    report.seconds[name] = time.monotonic() - started
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(asdict(report)))
+    return report
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, run the rows, print the table, write the page."""
     parser = argparse.ArgumentParser(
@@ -613,6 +642,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"only these parts, comma-separated: {', '.join(ROWS)}")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="questions asked at once")
     parser.add_argument("--out", type=Path, help="also write the results page here")
+    parser.add_argument("--parts", type=Path, help="keep each part's result here, and take kept ones")
     args = parser.parse_args(arguments)
     wanted = args.rows.split(",") if args.rows else list(ROWS)
     unknown = [name for name in wanted if name not in ROWS]
@@ -622,12 +652,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(versions=versions())
     for name in wanted:
         print(f"{name} …", file=sys.stderr, flush=True)
-        started = time.monotonic()
-        try:
-            ROWS[name](report, options)
-        except OracleMissingError as missing:
-            report.add(name, "run", str(missing), NOT_RUN)
-        report.seconds[name] = time.monotonic() - started
+        part = run_part(name, options, report.versions, args.parts)
+        report.rows += part.rows
+        report.sections |= part.sections
+        report.seconds |= part.seconds
     text = page(report, options)
     print("\n".join(report.table()))
     if args.out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,10 +106,19 @@ def test_a_row_that_fails_fails_the_table() -> None:
 
 
 def test_one_command_prints_one_table_and_writes_the_page(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
+    page, parts = tmp_path / "page.md", tmp_path / "parts"
     command = [sys.executable, "-m", "benchmarks.sizing", "--rows", "files,gpu", "--out", str(page)]
+    command += ["--parts", str(parts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    kept = json.loads((parts / "files.json").read_text())
+    kept["rows"][0]["measured"] = "kept from before"
+    (parts / "files.json").write_text(json.dumps(kept))
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "kept from before" in again.stdout
+    (parts / "files.json").write_text(json.dumps({**kept, "versions": "another build"}))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "kept from before" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == "| what | must be | measured | |"
     assert len(lines) >= 6
