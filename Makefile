@@ -29,10 +29,10 @@ check: venv ## Lint and unit tests (under 2 minutes)
 sanity: venv ## ansible-test sanity on the built collection
 	@tools/sanity
 
-test: check sanity ## What CI runs: check, sanity, the lab with the main job, integration tests
+test: check sanity ## What CI runs: check, sanity, the lab with the main job, integration and end-to-end tests
 	@tools/test
 
-test-all: check sanity ## Everything: end-to-end tests, Molecule and slow tests too
+test-all: check sanity ## Everything: Molecule and slow tests too
 	@tools/test --all
 
 lock: venv ## Rewrite requirements/*.txt from requirements/*.in (no index address in them)

@@ -17,6 +17,8 @@ import yaml
 
 from .conftest import BIN, REPO, SSH_CONFIG, Host, Played
 
+pytestmark = pytest.mark.slow
+
 # The build alone took 5 minutes of processor time (24 Nov 2026): on a busy machine, most of an hour.
 PLAY_TIMEOUT_S = 3600
 

@@ -19,6 +19,8 @@ from fleetfit.lab.vm import VirtualMachine
 
 from .conftest import BIN, REPO, Played
 
+pytestmark = pytest.mark.slow
+
 STOPPED = "/var/lib/llama-server-stopped"
 PLAY_TIMEOUT_S = 3600  # every task starts a Python under emulation
 

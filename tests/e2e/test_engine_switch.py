@@ -10,12 +10,14 @@ import yaml
 
 from .conftest import REPO, Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 NAME = "e2e-engines"
 SETTINGS: dict[str, Any] = {"fleetfit_min_context_tokens": 4096}
 LLAMA = {**SETTINGS, "fleetfit_engine": "llama_cpp"}
 VLLM = {**SETTINGS, "fleetfit_engine": "vllm"}
-# Less address space than its libraries map: it dies while it loads. (MemoryMax= has no effect in a container on a machine
-# whose control groups are of version 1.)
+# Less address space than its libraries map: it dies while it loads. (MemoryMax= has no effect in a container on a
+# machine whose control groups are of version 1.)
 BROKEN_UNIT = "[Service]\nLimitAS=500M\n"
 BROKEN_PATH = "/etc/systemd/system/vllm.service.d/broken.conf"
 

@@ -15,6 +15,8 @@ import yaml
 
 from .conftest import REPO, SSH_CONFIG, Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 NAME = "e2e-install"
 REPOSITORY = "/srv/llama-cpp"
 VERSION = "11434.0.0-1"

@@ -18,7 +18,10 @@ from fleetfit.lab.paths import lab_paths
 
 from .conftest import BIN, REPO, Host
 
-pytestmark = pytest.mark.skipif(not (REPO / ".lab/state.json").exists(), reason="no lab here: run `make lab`")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (REPO / ".lab/state.json").exists(), reason="no lab here: run `make lab`"),
+]
 
 STOPPED = "gpu-small"
 # Long enough for the command to have begun, too short for it to have repaired anything.

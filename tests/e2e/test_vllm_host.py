@@ -134,10 +134,12 @@ def current(host: Host) -> str:
     return host.run("readlink /opt/fleetfit/vllm/current; systemctl show vllm.service -p MainPID")
 
 
+@pytest.mark.slow
 def test_adapters_are_chosen_by_name(host: Host) -> None:
     checks.check_adapters(asker(host), MODEL, NAMES)
 
 
+@pytest.mark.slow
 def test_a_release_holds_its_adapters(host: Host) -> None:
     """Linked in the release, kept by the pruning of models, readable for the service alone."""
     for name in NAMES:
@@ -148,6 +150,7 @@ def test_a_release_holds_its_adapters(host: Host) -> None:
         )
 
 
+@pytest.mark.slow
 def test_second_run_changes_nothing(host: Host, fleet: Fleet, files: Path) -> None:
     before = current(host)
     played = fleet.play(timeout_s=1800, **settings(files, *NAMES))
@@ -156,6 +159,7 @@ def test_second_run_changes_nothing(host: Host, fleet: Fleet, files: Path) -> No
     assert current(host) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model_never_stops_the_engine(host: Host, fleet: Fleet, files: Path) -> None:
     before = current(host)
     played = fleet.play(timeout_s=1800, **settings(files, *NAMES, "other"))
@@ -164,6 +168,7 @@ def test_an_adapter_of_another_model_never_stops_the_engine(host: Host, fleet: F
     assert current(host) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_in_llama_cpps_format_rules_vllm_out(host: Host, fleet: Fleet, files: Path) -> None:
     before = current(host)
     wanted = {

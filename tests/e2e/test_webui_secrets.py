@@ -12,6 +12,8 @@ import pytest
 
 from .conftest import Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 NAME = "e2e-webui"
 CANARY = "e2e-canary-"
 SECRETS = {

@@ -124,6 +124,8 @@ def downgrade():
 """
 SCHEMA = """
 import sqlite3
+
+pytestmark = pytest.mark.slow
 connection = sqlite3.connect("/var/lib/fleetfit/open-webui/data/webui.db")
 print(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
 """
