@@ -177,7 +177,7 @@ def lab_host(name: str, suite: str, profile: str | None = None, layer: str | Non
 
 def stop_host(name: str) -> None:
     """Remove a lab host of these tests."""
-    subprocess.run([str(BIN / "fleetfit"), "lab", "host", "down", name], check=True, cwd=REPO, timeout=120)
+    subprocess.run([str(BIN / "fleetfit"), "lab", "host", "down", name], check=True, cwd=REPO, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"fleetfit_modle": "x"}, "Write fleetfit_model,"),
     "role": ({"llama_cpp_prot": 9000}, "Write llama_cpp_port,"),
     "type": ({"llama_cpp_port": "eighty"}, "'llama_cpp_port' is of type str"),
+    "checksum": (
+        {"llama_cpp_archives": [{**GOOD["llama_cpp_archives"][0], "sha256": "aa"}]},
+        "llama_cpp_archives has the sha256 aa; it must be 64 hexadecimal digits",
+    ),
     "proxy": ({"fleetfit_proxy": "http://who:secret@proxy:3128"}, "fleetfit_proxy is a text; it must be a"),
     "catalog": (
         {"fleetfit_catalog_dirs": ["/nonexistent"]},

@@ -38,7 +38,7 @@ FILES = [
     ("host_baseline", ["preflight", "configure", "service"]),
     ("python_runtime", ["preflight", "environment"]),
     ("model_store", ["preflight"]),
-    ("llama_cpp", ["preflight", "install_archive", "configure"]),
+    ("llama_cpp", ["preflight", "install_archive", "build_on_host", "configure"]),
     ("vllm", ["install"]),
     ("open_webui", ["preflight", "configure"]),
 ]
@@ -97,6 +97,9 @@ def host_of(system: str, **variables: Any) -> dict[str, Any]:
                 ]
             ),
             "open_webui_wheelhouses": wheelhouses,
+            "__llama_cpp_builder": "host",
+            "__llama_cpp_builder_os": found["stable"]["os"],
+            "__llama_cpp_build": {"build": {"version": "11434.0.0"}},
             "__vllm_mapping": None,
             "__vllm_choice": {"wheelhouse": wheelhouses[0]},
             **variables,

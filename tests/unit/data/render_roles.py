@@ -25,6 +25,8 @@ from ansible.template import Templar, trust_as_template  # noqa: E402
 
 LOADER = DataLoader()
 KEYWORDS = {
+    "delegate_to",
+    "run_once",
     "name",
     "when",
     "vars",
