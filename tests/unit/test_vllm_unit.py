@@ -63,6 +63,13 @@ def test_the_planned_gpus_are_waited_for_in_plan_order_with_their_bytes() -> Non
     assert not any(line.startswith("MemoryMax=") for line in lines)
 
 
+def test_cudas_memory_module_is_there_before_the_unit_looks_its_devices_up() -> None:
+    loaded = render("modules-load.conf.j2", ON_GPUS).splitlines()
+    assert [line for line in loaded if not line.startswith("#")] == ["nvidia-uvm"]
+    after = [line for line in render("vllm.service.j2", ON_GPUS).splitlines() if line.startswith("After=")]
+    assert "systemd-modules-load.service" in " ".join(after)
+
+
 def test_without_gpus_memory_is_limited_and_no_device_is_opened() -> None:
     lines = render("unit.conf.j2", ON_CPU).splitlines()
     assert "MemoryMax=2200" in lines
