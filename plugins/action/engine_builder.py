@@ -19,7 +19,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the builder and the asker of each build that hosts of this batch lack; none in check mode."""
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _, arguments = self.validate_argument_spec({"variable": {"type": "str", "required": True}})
+        arguments = self.validate_argument_spec({"variable": {"type": "str", "required": True}})[1]
         variables = task_vars or {}
         hostvars = variables["hostvars"]
         lacking: dict[str, Wanted] = {}

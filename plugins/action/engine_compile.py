@@ -36,9 +36,9 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the key of the build; a failed compilation has the last lines of its log."""
         result: dict[str, Any] = super().run(tmp, task_vars)
-        _, arguments = self.validate_argument_spec(
+        arguments = self.validate_argument_spec(
             {"build": {"type": "dict", "required": True}, "host": {"type": "str", "required": True}}
-        )
+        )[1]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleetfit"
         try:
             build = EngineBuild(**arguments["build"])

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from ..module_utils.errors import FleetfitError
-from .catalog_loader import read_yaml
 
 ROLES_DIR = Path(__file__).resolve().parents[2] / "roles"
 # As alike as two letters that changed places in a name of four: port and prot.
@@ -21,7 +22,7 @@ def role_variables(roles_dir: Path = ROLES_DIR) -> dict[str, frozenset[str]]:
     found = {}
     for path in sorted(roles_dir.glob("*/meta/argument_specs.yml")):
         role = path.parents[1].name
-        specs = read_yaml(path)["argument_specs"].values()
+        specs = yaml.safe_load(path.read_text())["argument_specs"].values()
         names = {name for spec in specs for name in spec.get("options") or {}}
         found[role] = frozenset(name.removeprefix(f"{role}_") for name in names)
     return found

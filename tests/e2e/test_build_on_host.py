@@ -25,6 +25,8 @@ from ansible_collections.fleetfit.llm.plugins.plugin_utils.engine_on_controller 
 from ..processes import kill_all
 from .conftest import REPO, Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = "e2e-build-old", "e2e-build-new"
 VERSION = "0.0.1"
 PROGRAMS = " ".join(TARGETS)

@@ -14,6 +14,8 @@ import pytest
 
 from .conftest import BIN, REPO, Host
 
+pytestmark = pytest.mark.slow
+
 HOSTS = ("edge-cpu", "gpu-small", "gpu-large")
 
 
@@ -57,11 +59,8 @@ def test_the_plan_says_why(name: str) -> None:
     rejected = [item["rejected"] for item in plan["candidates"] if item["rejected"]]
     assert all(item["code"] and item["reason"] for item in rejected)
     if name == "gpu-small":
-        (q8_0,) = [
-            i["rejected"] for i in plan["candidates"] if (i["engine"], i["variant"]) == ("llama_cpp", "Q8_0")
-        ]
-        assert q8_0["short_by_bytes"] > 0
-        assert q8_0["device"] == chosen["device_uuids"][0]
+        # Why not the better one.
+        assert "Q8_0 would leave layers in RAM" in plan["reason"]
 
 
 @pytest.mark.parametrize("name", HOSTS)
