@@ -277,6 +277,9 @@ def command_lines(tmp_path: Path) -> list[tuple[str, list[str]]]:
     found = []
     for entry in CATALOG.entries.values():
         for index, host in enumerate(hosts):
+            # What differs between the other models is numbers: every second host is enough.
+            if entry.family != "qwen2.5-instruct" and index % 2:
+                continue
             kv_type = "q8_0" if index % 2 and "q8_0" in entry.kv_keys else "f16"
             long = index % 3 == 0
             context = entry.max_context_tokens if long else min(8192, entry.native_context_tokens)
