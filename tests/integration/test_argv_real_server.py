@@ -6,11 +6,13 @@ there, and read by the same program's argument parser.
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import re
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -214,6 +216,33 @@ def test_slots_and_context_are_the_plans(
         )
         assert answer["choices"][0]["message"]["content"].strip()
         assert answer["model"] == MODEL
+
+
+def test_a_stop_waits_no_longer_than_it_can_be_of_use(binary: Path, tmp_path: Path) -> None:
+    """What the unit's short TimeoutStopSec is for: when a newer llama.cpp ends by itself then, this says so."""
+    deployment = make_plan(lab_entry(), [], fleetfit_min_context_tokens=2048, fleetfit_slots=1)
+    answers: list[Any] = []
+
+    def ask(server: Server) -> None:
+        try:
+            messages = [{"role": "user", "content": "Tell a long story."}]
+            answers.append(server.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 2000}))
+        except (OSError, http.client.HTTPException):
+            answers.append(None)
+
+    with serve(binary, deployment["settings"], tmp_path, deployment["chat_template"]) as server:
+        client = threading.Thread(target=ask, args=(server,))
+        client.start()
+        while "launch_slot_" not in server.log.read_text():
+            time.sleep(0.1)
+        server.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(timeout=5)
+        server.process.kill()
+        client.join()
+    assert answers == [None]
+    unit = (Path(__file__).parents[2] / "roles/llama_cpp/templates/llama-server.service.j2").read_text()
+    assert "\nTimeoutStopSec=5\n" in unit
 
 
 def test_yarn_serves_the_longer_context(binary: Path, tmp_path: Path) -> None:

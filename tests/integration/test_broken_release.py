@@ -38,7 +38,7 @@ User=nobody
 ExecStart=/opt/fleetfit/llama-server/current/run
 LoadCredential=api-key:/etc/fleetfit/credentials/llama-server.api-key
 Restart=on-failure
-TimeoutStopSec=60
+TimeoutStopSec=5
 """
 # Asks all the time, and writes when each question was asked and answered, and whether it was.
 CLIENT = """\
@@ -273,13 +273,20 @@ def test_only_the_host_with_the_broken_release_fails_and_it_serves_again(fleet: 
     failing = [(begun, ended) for begun, ended, ok in asked if not ok]
     answered = min(ended for begun, ended, ok in asked if ok and begun > failing[-1][0])
 
+    # Its cold start once more, as the machine is now: one with other work to do is slower at times.
+    after = release(f"after-{name}")
+    code, output, _ = fleet.play({"sound": after, "broken": after})
+    assert code == 0, output
+    cold.append(fleet.journal("broken")["gate"]["ready_s"])
+
     # From the gate's verdict, with which the way back begins, to the moment the old engine was told to start.
     start_s = journal["started_at"] - at["revert_stop"]
     ready_s = journal["revert_gate"]["ready_s"]
     print(
         f"\n{what}: gate failed {at['revert_stop'] - at['gate']:.1f} s after the start; old release started "
         f"{start_s:.1f} s after that (<= {START_AFTER_S:.0f} s) and ready in {ready_s:.1f} s; its cold starts in "
-        f"this run: {cold[0]:.1f} and {cold[1]:.1f} s; {len(early)} requests before the switch, none failed; "
+        f"this run: {', '.join(f'{seconds:.1f}' for seconds in cold)} s; {len(early)} requests before the switch, "
+        f"none failed; "
         f"without answers for {answered - at['stop']:.1f} s"
     )
     assert start_s <= START_AFTER_S
