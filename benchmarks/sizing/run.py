@@ -84,6 +84,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     # What was there when the run began; a checkout can change under a run.
     versions: str = ""
+    # Parts that ran with other versions.
+    others: dict[str, str] = field(default_factory=dict)
 
     def add(self, what: str, required: str, measured: str, verdict: str | bool) -> None:
         """Add a row; a true or false verdict is pass or fail."""
@@ -109,6 +111,7 @@ class Options:
 
     quick: bool
     workers: int
+    stale: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -607,6 +610,8 @@ def page(report: Report, options: Options) -> str:
     for title, section in report.sections.items():
         lines += ["", f"## {title}", "", *section]
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
+    for name, other in report.others.items():
+        lines += ["", f"The part {name} ran earlier: {other}."]
     lines += ["", f"Time of each part, {options.workers} questions at once: {took}.", ""]
     return "\n".join(lines)
 
@@ -616,9 +621,9 @@ def run_part(name: str, options: Options, versions_now: str, parts: Path | None)
     kept = parts / f"{name}{'-quick' if options.quick else ''}.json" if parts else None
     if kept is not None and kept.exists():
         found = json.loads(kept.read_text())
-        if found["versions"] == versions_now:
+        if options.stale or found["versions"] == versions_now:
             return Report(
-                [Row(**row) for row in found["rows"]], found["sections"], found["seconds"], versions_now
+                [Row(**row) for row in found["rows"]], found["sections"], found["seconds"], found["versions"]
             )
     report = Report(versions=versions_now)
     started = time.monotonic()
@@ -643,12 +648,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="questions asked at once")
     parser.add_argument("--out", type=Path, help="also write the results page here")
     parser.add_argument("--parts", type=Path, help="keep each part's result here, and take kept ones")
+    parser.add_argument(
+        "--stale", action="store_true", help="take kept parts of other commits too, and say so"
+    )
     args = parser.parse_args(arguments)
     wanted = args.rows.split(",") if args.rows else list(ROWS)
     unknown = [name for name in wanted if name not in ROWS]
     if unknown or args.workers < 1:
         parser.error(f"there is no part {unknown[0]!r}" if unknown else "--workers must be at least 1")
-    options = Options(args.quick, args.workers)
+    options = Options(args.quick, args.workers, args.stale)
     report = Report(versions=versions())
     for name in wanted:
         print(f"{name} …", file=sys.stderr, flush=True)
@@ -656,6 +664,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.rows += part.rows
         report.sections |= part.sections
         report.seconds |= part.seconds
+        if part.versions != report.versions:
+            report.others[name] = part.versions
     text = page(report, options)
     print("\n".join(report.table()))
     if args.out:

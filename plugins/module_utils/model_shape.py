@@ -311,7 +311,8 @@ def from_gguf(
     hidden_size = number("embedding_length")
     if heads <= 0:
         raise _bad_shape(architecture, "attention.head_count", heads, "at least 1")
-    vocab_size = metadata.get(f"{architecture}.vocab_size", metadata.get("tokenizer.ggml.tokens.length"))
+    # The list of tokens decides where there is one; the key counts only without a tokenizer (llama_vocab::load).
+    vocab_size = metadata.get("tokenizer.ggml.tokens.length", metadata.get(f"{architecture}.vocab_size"))
     if not isinstance(vocab_size, int):
         raise _missing(f"{architecture}.vocab_size", origin)
     head_dim = number("attention.key_length", hidden_size // heads)
