@@ -16,6 +16,7 @@ import platform
 import queue
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -656,6 +657,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in ROWS]
     if unknown or args.workers < 1:
         parser.error(f"there is no part {unknown[0]!r}" if unknown else "--workers must be at least 1")
+    # So that a run which is ended takes its devices with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = Options(args.quick, args.workers, args.stale)
     report = Report(versions=versions())
     for name in wanted:
