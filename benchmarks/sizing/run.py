@@ -608,11 +608,12 @@ def page(report: Report, options: Options) -> str:
         "",
         *report.table(),
     ]
+    if report.others:
+        lines += ["", "Parts that ran with other versions, or earlier:"]
+        lines += ["", *(f"- {name}: {other}" for name, other in report.others.items())]
     for title, section in report.sections.items():
         lines += ["", f"## {title}", "", *section]
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
-    for name, other in report.others.items():
-        lines += ["", f"The part {name} ran earlier: {other}."]
     lines += ["", f"Time of each part, {options.workers} questions at once: {took}.", ""]
     return "\n".join(lines)
 
