@@ -81,12 +81,13 @@ def test_caches_are_the_environments_own(variables: dict[str, Any]) -> None:
     assert "CacheDirectory=fleetfit/vllm/0123456789abcdef" in render("unit.conf.j2", variables)
 
 
-def test_a_stop_gives_it_time_to_let_go_of_its_memory_and_kernels_can_be_compiled() -> None:
+def test_a_stop_gives_the_engine_time_to_end_and_no_more_and_kernels_can_be_compiled() -> None:
     lines = render("vllm.service.j2", ON_GPUS).splitlines()
     for line in ("KillMode=mixed", "StartLimitBurst=4", "Conflicts=llama-server.service"):
         assert line in lines
     stop = next(line for line in lines if line.startswith("TimeoutStopSec="))
-    assert int(stop.partition("=")[2]) >= 60
+    # A switch with users is without answers for so long, beside the cold start.
+    assert 10 <= int(stop.partition("=")[2]) <= 20
     assert not any(line.startswith("MemoryDenyWriteExecute=") for line in lines)
     families = next(line for line in lines if line.startswith("RestrictAddressFamilies="))
     assert "AF_NETLINK" in families
