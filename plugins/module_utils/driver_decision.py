@@ -548,7 +548,7 @@ def _decide_packages(
         lock={
             "kind": source.get("lock"),
             "stream": source.get("module_stream", {}).get(flavour, "").format(branch=branch) or None,
-            "pattern": wanted.version or branch,
+            "version": f"{wanted.version}*" if wanted.version else f"{branch}.*",
             "packages": distribution.get("lock_packages", []),
             "entries": driver_files.versionlock_entries(installed["packages"])
             if distribution["family"] == "redhat"
@@ -1008,7 +1008,7 @@ def _decision(work: _Work, state: str, *, summary: str = "", **parts: Any) -> di
         "hold": [],
         "unhold": [],
         "repository": None,
-        "lock": {"kind": None, "stream": None, "pattern": None, "packages": [], "entries": []},
+        "lock": {"kind": None, "stream": None, "version": None, "packages": [], "entries": []},
         "modules_load": [],
         "family": None,
         "modules": None,

@@ -59,9 +59,12 @@ def render(decision: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[st
         add("repository", DNF_REPOSITORY, _dnf_repository(repository))
         if decision["lock"]["kind"] == "module_stream":
             add("repository", DNF_MODULE, _dnf_module(decision["lock"]["stream"]))
-        # NVIDIA's guide, version locking: dnf versionlock \*nvidia\*580\*. It stands while packages change; after
-        # that the same block names each package with its version (versionlock_entries).
-        add("repository", DNF_VERSIONLOCK, [f"*nvidia*{decision['lock']['pattern']}*"], block="EOF")
+        # It stands while packages change; after that the same block names each package with its version
+        # (versionlock_entries). A pattern without a version, as NVIDIA's guide gives to the command
+        # (\*nvidia\*580\*), locks nothing here: the command resolves it, the file has names and versions.
+        version = decision["lock"]["version"]
+        locked = [f"{name}-{version}" for name in data["driver_packages"]["dnf_locked"]]
+        add("repository", DNF_VERSIONLOCK, locked, block="EOF")
         patterns = " ".join(data["driver_packages"]["patterns"])
         add("exclusion", DNF_AUTOMATIC, [f"excludepkgs = {patterns}"], block=r"^\[base\]")
     add("module", MODPROBE, ["blacklist nouveau", "options nouveau modeset=0"])
@@ -72,7 +75,8 @@ def render(decision: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[st
 def versionlock_entries(packages: Mapping[str, str]) -> list[str]:
     """Return what holds each package (name to epoch:version-release) at its version in dnf's versionlock.list.
 
-    The form is the one that `dnf versionlock add` writes, name-epoch:version-release.*, with 0 for no epoch.
+    The form is the one that `dnf versionlock add` writes (pkgtup2spec of dnf-plugins-core's versionlock.py):
+    name-epoch:version-release.*, with 0 for no epoch.
     """
     return [
         f"{name}-{version if ':' in version else f'0:{version}'}.*"

@@ -7,7 +7,6 @@ dnf are read from recorded text only.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
@@ -116,19 +115,19 @@ def dpkg_packages(status: str) -> dict[str, Package]:
 
 def rpm_packages(output: str, versionlock: str) -> dict[str, Package]:
     """Return the driver's packages from ``rpm -qa`` (name, version, architecture, vendor, tab between)."""
-    patterns = [
-        line.strip().lstrip("!")
-        for line in versionlock.splitlines()
-        if line.strip() and not line.lstrip().startswith(("#", "!"))
-    ]
+    locks = {line.strip() for line in versionlock.splitlines()}
     found = {}
     for line in output.splitlines():
         name, version, architecture, vendor = [*line.split("\t"), "", "", ""][:4]
         if not is_driver_package(name) or not version:
             continue
-        # versionlock's entries: a name, a pattern, or name-epoch:version-release.architecture.
-        whole = {name, f"{name}-{version}.{architecture}", f"{name}-0:{version}.{architecture}"}
-        held = any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns for text in whole)
+        # Held is what is locked at its very version, as `dnf versionlock add` writes it: a lock on a branch
+        # (name-580.*) lets a package move within it, and a name alone locks nothing.
+        whole = f"{name}-{version if ':' in version else f'0:{version}'}"
+        bare = f"{name}-{version.rpartition(':')[2]}"
+        held = any(
+            f"{text}{ending}" in locks for text in (whole, bare) for ending in ("", ".*", f".{architecture}")
+        )
         found[name] = Package(version, vendor, held)
     return found
 

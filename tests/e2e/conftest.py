@@ -89,6 +89,11 @@ class Played:
                 found[match[1]] = {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", match[2])}
         return found
 
+    def changed_tasks(self) -> list[str]:
+        """Return the names of the tasks that changed something."""
+        tasks = self.output.split("\nTASK [")[1:]
+        return [task.partition("] *")[0] for task in tasks if re.search(r"^changed: ", task, re.MULTILINE)]
+
     @property
     def text(self) -> str:
         """Return the output in one line, as messages are wrapped."""

@@ -92,6 +92,7 @@ def test_dkms_has_built_and_installed_the_module(driver: Driver) -> None:
 def test_a_second_run_builds_nothing(driver: Driver) -> None:
     played = driver.play(driver.kernel)
     assert played.returncode == 0, played.output[-3000:]
+    assert played.changed_tasks() == []
     assert played.recap()[driver.host.name]["changed"] == 0
 
 

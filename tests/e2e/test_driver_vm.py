@@ -114,5 +114,6 @@ def test_a_second_run_changes_nothing_and_does_not_reboot(machine: VirtualMachin
     boot = machine.boot_id()
     played = play(machine, "if_needed")
     assert played.returncode == 0, played.output[-3000:]
+    assert played.changed_tasks() == []
     assert played.recap()["driver"]["changed"] == 0
     assert machine.boot_id() == boot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import fnmatch
 import os
 import re
 from pathlib import Path
@@ -138,7 +139,12 @@ def test_dnfs_files_are_what_dnf_reads() -> None:
     assert module["nvidia-driver"]["stream"] == "580-open"
     assert driver_files.DNF_MODULE not in paths("rhel-10-nvidia")
     for name in ("rhel-9-nvidia", "rhel-10-nvidia"):
-        assert paths(name)[driver_files.DNF_VERSIONLOCK] == "*nvidia*580*\n"
+        lines = paths(name)[driver_files.DNF_VERSIONLOCK].splitlines()
+        assert "nvidia-driver*-580.*" in lines
+        assert "kmod-nvidia*-580.*" in lines
+        # A name and a version each, and no name that the container toolkit has too.
+        assert all(line.endswith("-580.*") for line in lines)
+        assert not any(fnmatch.fnmatch("libnvidia-container1-580.1", line) for line in lines)
 
 
 def test_what_is_locked_for_dnf_is_seen_as_held() -> None:

@@ -316,7 +316,11 @@ def test_the_rhel_family_by_rpm_and_versionlock() -> None:
     found = driver_packages.rpm_packages(RPM, lock)
     assert set(found) == {"nvidia-driver-cuda-libs", "kmod-nvidia-open-dkms"}
     assert [found[name].held for name in sorted(found)] == [False, True]
-    assert driver_packages.rpm_packages(RPM, "*nvidia*580*\n")["kmod-nvidia-open-dkms"].held
+    for lock in ("kmod-nvidia-open-dkms-580.95.05-1.el9.noarch", "kmod-nvidia-open-dkms-3:580.95.05-1.el9"):
+        assert driver_packages.rpm_packages(RPM, f"{lock}\n")["kmod-nvidia-open-dkms"].held
+    # Neither keeps the package from moving within the branch.
+    for lock in ("*nvidia*580*", "kmod-nvidia*-580.*", "kmod-nvidia-open-dkms"):
+        assert not driver_packages.rpm_packages(RPM, f"{lock}\n")["kmod-nvidia-open-dkms"].held
 
 
 def test_a_rhel_host_reads_rpm_and_dnfs_cache_only(tmp_path: Path) -> None:
