@@ -14,8 +14,6 @@ import pytest
 
 from .conftest import BIN, REPO, Host
 
-pytestmark = pytest.mark.slow
-
 HOSTS = ("edge-cpu", "gpu-small", "gpu-large")
 
 
