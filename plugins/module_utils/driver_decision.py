@@ -819,13 +819,17 @@ def _reboot(work: _Work, change: Optional[str], *, pending_mok: bool) -> dict[st
         if reason["code"] not in _NO_REASON_FOR_THE_DRIVER
     }
     loaded = state["loaded"]
-    if change == "upgrade" and loaded["version"]:
+    installed = state["installed"]["version"]
+    # A module whose user space is gone stays loaded too, unless the new user space is of its version.
+    left_over = (
+        change == "install" and installed is None and loaded["version"] != state["candidate"]["version"]
+    )
+    if loaded["version"] and (change == "upgrade" or left_over):
         reasons.setdefault(
             "driver_changed",
             {"code": "driver_changed", "message": f"module {loaded['version']} stays loaded"},
         )
-    installed = state["installed"]["version"]
-    if change is None and loaded["version"] and loaded["version"] != installed:
+    if change != "upgrade" and installed and loaded["version"] and loaded["version"] != installed:
         message = f"module {loaded['version']} is loaded and {installed} installed"
         reasons.setdefault("driver_mismatch", {"code": "driver_mismatch", "message": message})
     if state["nouveau"]["loaded"] and state["gpus"]:

@@ -279,7 +279,7 @@ def test_bad_input_is_exit_code_2_and_says_what_to_do(
 # --- files
 
 
-def model_bytes(**changes: int) -> bytes:
+def model_bytes(tokens: int = 64, **changes: int) -> bytes:
     """Return a whole small llama GGUF with its tensors."""
     names = [
         "attn_norm",
@@ -319,7 +319,7 @@ def model_bytes(**changes: int) -> bytes:
         *(pair for pair in llama_pairs() if b"context_length" not in pair),
         u32("llama.context_length", 2048),
         u32("llama.vocab_size", 64),
-        strings("tokenizer.ggml.tokens", [f"t{number}" for number in range(64)]),
+        strings("tokenizer.ggml.tokens", [f"t{number}" for number in range(tokens)]),
         *(u32(key.replace("__", "."), value) for key, value in changes.items()),
     ]
     return gguf(pairs, tensors, offset)
@@ -366,8 +366,6 @@ def test_damaged_gguf_files(run: Callable[..., Result], model_file: Path, tmp_pa
     [
         ("llama.block_count", 2, "declares 2 blocks and holds 1"),
         ("llama.block_count", 4096, "declares 4096 blocks"),
-        ("llama.vocab_size", 65, "token_embd.weight"),
-        ("llama.vocab_size", 1 << 31, "token_embd.weight"),
         ("llama.feed_forward_length", 65, "ffn_"),
         ("llama.attention.head_count_kv", 1, "attn_k"),
         ("llama.embedding_length", 64, "token_embd.weight"),
@@ -382,6 +380,15 @@ def test_a_header_that_contradicts_its_tensors(
     model_file.write_bytes(content[:place] + struct.pack("<I", value) + content[place + 4 :])
     for specs in (["--gpu", "cpu"], ["--gpu", CARD], ["--gpu", CARD, "--gpu", CARD]):
         refused(run("what-fits", str(model_file), *specs), "tiny.gguf", says)
+
+
+def test_the_list_of_tokens_decides_the_vocabulary(run: Callable[..., Result], tmp_path: Path) -> None:
+    """As in llama.cpp, which reads the key only where there is no list."""
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(model_bytes().replace(u32("llama.vocab_size", 64), u32("llama.vocab_size", 65)))
+    assert run("what-fits", str(path), "--gpu", "cpu").exit_code == 0
+    path.write_bytes(model_bytes(tokens=65))
+    refused(run("what-fits", str(path), "--gpu", "cpu"), "tiny.gguf", "token_embd.weight")
 
 
 def test_fuzzed_models_are_planned_or_refused(run: Callable[..., Result], model_file: Path) -> None:
