@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,9 @@ NAME = "e2e-engines"
 SETTINGS: dict[str, Any] = {"fleetfit_min_context_tokens": 4096}
 LLAMA = {**SETTINGS, "fleetfit_engine": "llama_cpp"}
 VLLM = {**SETTINGS, "fleetfit_engine": "vllm"}
-# Less address space than its libraries map: it dies while it loads. (MemoryMax= has no effect in a container on a
-# machine whose control groups are of version 1.)
-BROKEN_UNIT = "[Service]\nLimitAS=500M\n"
+# Limits of memory are no way to break it here: MemoryMax= has no effect in a container under version 1 of control
+# groups, and with too little address space its libraries spin for ever.
+BROKEN_UNIT = "[Service]\nExecStartPre=/bin/sh -c 'echo broken by the test >&2; exit 1'\n"
 BROKEN_PATH = "/etc/systemd/system/vllm.service.d/broken.conf"
 
 
@@ -81,7 +82,8 @@ def test_one_engine_gives_way_to_the_other(host: Host, fleet: Fleet) -> None:
     assert unit_states(host)["llama-server"] == ("active", "enabled")
 
     # vLLM cannot start: the old engine serves again.
-    host.run(f"mkdir -p {BROKEN_PATH.rpartition('/')[0]} && printf '{BROKEN_UNIT}' > {BROKEN_PATH}")
+    folder = BROKEN_PATH.rpartition("/")[0]
+    host.run(f"mkdir -p {folder} && printf %s {shlex.quote(BROKEN_UNIT)} > {BROKEN_PATH}")
     played = fleet.play(timeout_s=1800, **VLLM)
     assert played.returncode != 0
     assert "llama-server serves again" in played.text
@@ -89,7 +91,7 @@ def test_one_engine_gives_way_to_the_other(host: Host, fleet: Fleet) -> None:
     states = unit_states(host)
     assert (states["llama-server"], states["vllm"][1]) == (("active", "enabled"), "disabled")
 
-    host.run(f"rm -r {BROKEN_PATH.rpartition('/')[0]}")
+    host.run(f"rm -r {folder}")
     played = fleet.play(timeout_s=1800, **VLLM)
     assert played.returncode == 0, played.text[-3000:]
     assert unit_states(host) == {"llama-server": ("inactive", "disabled"), "vllm": ("active", "enabled")}
