@@ -47,7 +47,7 @@ def helper_modules() -> set[str]:
     Only these, so that an edit of what hosts never run, such as the planner, does not change the helper's
     digest and with it every host.
     """
-    wanted = {"__init__", "host_helper"} | {module for module, _ in SUBCOMMANDS.values()}
+    wanted = {"__init__", "host_helper"} | {entry[0] for entry in SUBCOMMANDS.values()}
     found: set[str] = set()
     while wanted:
         name = wanted.pop()
