@@ -18,6 +18,8 @@ import pytest
 from ..processes import kill_all
 from .conftest import REPO, Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 NAME = "e2e-core"
 KEY = "e2e-canary-9f27c1"
 SETTINGS: dict[str, Any] = {"llama_cpp_api_key": KEY, "fleetfit_slots": 2}
