@@ -13,13 +13,14 @@ import pytest
 from ..adapters import listed, write_gguf
 from .conftest import Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 NAME = "e2e-lora"
 MODEL = "smollm2-135m-instruct"
 NAMES = ("curt", "tone")
 ASK = """
 import json, sys, urllib.request
 
-pytestmark = pytest.mark.slow
 key = open("/etc/fleetfit/credentials/llama-server.api-key").read().strip()
 path, body = json.loads(sys.argv[1])
 data = None if body is None else json.dumps(body).encode()

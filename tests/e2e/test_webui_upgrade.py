@@ -23,6 +23,8 @@ from ansible_collections.fleetfit.llm.plugins.module_utils.python_runtime import
 
 from .conftest import REPO, Fleet, Host
 
+pytestmark = pytest.mark.slow
+
 NAME = "e2e-upgrade"
 CHATS = 1000
 DATA = "/var/lib/fleetfit/open-webui/data"
@@ -125,7 +127,6 @@ def downgrade():
 SCHEMA = """
 import sqlite3
 
-pytestmark = pytest.mark.slow
 connection = sqlite3.connect("/var/lib/fleetfit/open-webui/data/webui.db")
 print(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
 """
