@@ -130,6 +130,22 @@ def describe_gguf(path: Path, *, report: Callable[[str], None]) -> Described:
     )
 
 
+def read_config(config_path: Path) -> Any:
+    """Return what a config.json holds; raises :class:`FleetfitError` (``bad_config_json``) where it cannot."""
+    try:
+        return json.loads(config_path.read_bytes())
+    except (ValueError, RecursionError):
+        raise FleetfitError(
+            f"{config_path} is not JSON.", code="bad_config_json", remedy="Fetch the file again."
+        ) from None
+    except OSError as error:
+        raise FleetfitError(
+            f"{config_path} cannot be read: {error.strerror}.",
+            code="bad_config_json",
+            remedy="Check its permissions.",
+        ) from None
+
+
 def describe_config(path: Path) -> Described:
     """Return what a config.json, or the directory that holds one, says of a model.
 
@@ -145,18 +161,7 @@ def describe_config(path: Path) -> Described:
             code="config_json_missing",
             remedy="Name a model's directory, its config.json, or a .gguf file.",
         )
-    try:
-        config = json.loads(config_path.read_bytes())
-    except (ValueError, RecursionError):
-        raise FleetfitError(
-            f"{config_path} is not JSON.", code="bad_config_json", remedy="Fetch the file again."
-        ) from None
-    except OSError as error:
-        raise FleetfitError(
-            f"{config_path} cannot be read: {error.strerror}.",
-            code="bad_config_json",
-            remedy="Check its permissions.",
-        ) from None
+    config = read_config(config_path)
     folder = config_path.resolve().parent
     shape, theta, extended = _shape_of_config(config, str(config_path))
     scheme = scheme_of_config(config)

@@ -72,7 +72,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .described import describe_repository
+from .described import describe_repository, read_config
 from .hub import REPOSITORY, Hub, Repository
 
 EXIT_FITS, EXIT_NOTHING_FITS, EXIT_BAD_INPUT = 0, 1, 2
@@ -290,13 +290,7 @@ def _directory_subject(path: Path) -> Subject:
             code="config_json_missing",
             remedy="Name a model's directory, or a .gguf file.",
         )
-    try:
-        config = json.loads(config_path.read_bytes())
-    except (ValueError, RecursionError):
-        raise FleetfitError(
-            f"{config_path} is not JSON.", code="bad_config_json", remedy="Fetch the file again."
-        ) from None
-    subject = _config_subject(config, path.resolve().name, str(config_path))
+    subject = _config_subject(read_config(config_path), path.resolve().name, str(config_path))
     if any(path.glob("*.safetensors")):
         scheme = subject.entry.variants[0].scheme
         layout = layout_from_safetensors(path, scheme)
